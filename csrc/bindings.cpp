@@ -1,0 +1,84 @@
+// The only file that knows Python. Tensors arrive as integers (addresses, counts, strides in elements) that
+// mbf_kernels/native.py has checked; nothing here depends on torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <tuple>
+
+#include "cpu/dispatch.h"
+#include "layout.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* pointer(int64_t address) {
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+// (address, block inner count, outer, inner, element inner count, outer, inner); None: the op has no such view.
+using View = std::optional<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>>;
+
+mbf::BlockView block_view(const View& view) {
+    if (!view) return {};
+    const auto& [base, block_count, block_outer, block_inner, element_count, element_outer, element_inner] = *view;
+    return {pointer<void>(base), {block_count, block_outer, block_inner}, {element_count, element_outer, element_inner}};
+}
+
+mbf::Problem problem(int64_t count, int64_t fisher, int64_t factor, int64_t info, int64_t skipped,
+                     double momentum_scale, double fisher_scale, const View& grad, const View& rhs, const View& out) {
+    return {count,
+            pointer<void>(fisher),
+            pointer<void>(factor),
+            pointer<int32_t>(info),
+            pointer<int64_t>(skipped),
+            momentum_scale,
+            fisher_scale,
+            block_view(grad),
+            block_view(rhs),
+            block_view(out)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Native kernels of mbf_kernels: call them through mbf_kernels.ops, which checks the tensors.";
+    m.attr("MAX_SIZE") = MBF_MAX_SIZE;
+    m.attr("MAX_TILED_SIZE") = MBF_MAX_TILED_SIZE;
+    m.attr("TILE_BLOCKS") = mbf::kTileBlocks;
+
+    py::enum_<mbf::DType>(m, "DType").value("float32", mbf::DType::kFloat32).value("float64", mbf::DType::kFloat64);
+    py::enum_<mbf::Op>(m, "Op")
+        .value("accumulate_", mbf::Op::kAccumulate)
+        .value("factor", mbf::Op::kFactor)
+        .value("solve", mbf::Op::kSolve)
+        .value("accumulate_factor_solve_", mbf::Op::kFused)
+        .value("mbf_step_", mbf::Op::kStep);
+
+    py::class_<mbf::Problem>(m, "Problem")
+        .def(py::init(&problem), py::kw_only(), py::arg("count"), py::arg("fisher") = 0, py::arg("factor") = 0,
+             py::arg("info") = 0, py::arg("skipped") = 0, py::arg("momentum_scale") = 1.0,
+             py::arg("fisher_scale") = 1.0, py::arg("grad") = py::none(), py::arg("rhs") = py::none(),
+             py::arg("out") = py::none());
+
+    py::class_<mbf::Parameters>(m, "Parameters")
+        .def(py::init([](double lr, double momentum, double decay, double damping, double weight_decay, double eps,
+                         bool relative, bool graft, bool nesterov, bool maximize, bool update, bool refactor,
+                         int64_t rhs_count) {
+                 return mbf::Parameters{lr,    momentum, decay,    damping, weight_decay, eps,      relative,
+                                        graft, nesterov, maximize, update,  refactor,     rhs_count};
+             }),
+             py::kw_only(), py::arg("lr") = 0.0, py::arg("momentum") = 0.0, py::arg("decay") = 0.0,
+             py::arg("damping") = 0.0, py::arg("weight_decay") = 0.0, py::arg("eps") = 0.0,
+             py::arg("relative") = false, py::arg("graft") = false, py::arg("nesterov") = false,
+             py::arg("maximize") = false, py::arg("update") = true, py::arg("refactor") = true,
+             py::arg("rhs_count") = 1);
+
+    m.def("cpu_launch", &mbf::cpu::launch, py::arg("op"), py::arg("dtype"), py::arg("size"), py::arg("problems"),
+          py::arg("parameters"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+    m.def("cpu_isas", &mbf::cpu::supported_isas);
+    m.def("cpu_isa", &mbf::cpu::isa);
+    m.def("set_cpu_isa", &mbf::cpu::set_isa, py::arg("name"));
+}

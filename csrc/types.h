@@ -1,0 +1,51 @@
+// The wall between Python and the kernels: plain structs of pointers, counts, strides and parameters.
+#pragma once
+
+#include <stdint.h>
+
+namespace mbf {
+
+enum class DType : int { kFloat32 = 0, kFloat64 = 1 };
+
+enum class Op : int { kAccumulate = 0, kFactor = 1, kSolve = 2, kFused = 3, kStep = 4 };
+
+// One level of a mini-block's address: index i lies at (i / inner_count) * outer + (i % inner_count) * inner.
+struct Strides {
+    int64_t inner_count, outer, inner;  // strides in elements, not bytes
+};
+
+static inline int64_t offset(const Strides& s, int64_t i) {
+    return i / s.inner_count * s.outer + i % s.inner_count * s.inner;
+}
+
+// B blocks of n scalars inside a tensor, read and written where they are: element k of block b lies at
+// base + offset(block, b) + offset(element, k). Contiguous, channels_last, column and grid views all fit.
+struct BlockView {
+    void* base;
+    Strides block, element;
+};
+
+// One tensor of a launch. Pointers that an op does not use are null.
+struct Problem {
+    int64_t count;                        // B
+    void* fisher;                         // F, in the storage of layout.h
+    void* factor;                         // L, likewise
+    int32_t* info;                        // [B], LAPACK meaning
+    int64_t* skipped;                     // incremented by the number of bad blocks
+    double momentum_scale, fisher_scale;  // (1-mu)/(1-mu^t) and 1/(1-beta^t): they undo the zero start
+    BlockView grad;                       // g
+    BlockView rhs;                        // right-hand side of a solve; the momentum M of a step
+    BlockView out;                        // solution x; the weights W of a step
+};
+
+// What all tensors of a launch share.
+struct Parameters {
+    double lr, momentum, decay, damping, weight_decay, eps;
+    bool relative;                    // damping is a multiple of trace(F)/n
+    bool graft, nesterov, maximize;   // the forms of a step
+    bool update;                      // F <- decay F + (1-decay) g g^T before a step uses it
+    bool refactor;                    // a step factors F; otherwise `factor` holds L
+    int64_t rhs_count;                // solve: right-hand sides per block, contiguous
+};
+
+}  // namespace mbf

@@ -1,0 +1,322 @@
+"""The public functions, and their registration with ``torch.library`` as ``torch.ops.mbf_kernels.*``.
+
+A registered op takes the storage tensor, count and size of its blocks, checks everything and calls the chosen
+backend; a public function takes ``SymmetricBlocks`` and calls the op. In-place arguments are declared as mutated.
+No op is differentiable.
+
+A bad block hurts only itself: where a gradient is not finite or a pivot is not positive and finite, that block's F,
+momentum and weights stay as they were, its solution is zero, ``info`` says so, and its neighbours keep every bit.
+``info`` [B] int32 has LAPACK's meaning: 0 is good; k > 0 says that k (counted from 1) is the first pivot that is not
+positive and finite, or else the first element that is not finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backend import choose
+from .blocks import SymmetricBlocks
+from .options import StepOptions
+
+_library = torch.library.Library("mbf_kernels", "DEF")
+
+
+def accumulate_(
+    fisher: SymmetricBlocks,
+    g: Tensor,  # [B, n] or [S, B, n]
+    *,
+    decay: float,  # beta in [0, 1]
+) -> SymmetricBlocks:
+    """F <- beta F + (1 - beta) mean_s g_s g_s^T, in place; returns ``fisher``.
+
+    A block whose new diagonal is not finite keeps its old value. Raises ValueError or TypeError for a wrong shape,
+    dtype, device or decay.
+    """
+    checks.blocks("accumulate_", "fisher", fisher)
+    checks.no_grad("accumulate_", g)
+    torch.ops.mbf_kernels.accumulate_(fisher.data, fisher.count, fisher.size, g, float(decay))
+    return fisher
+
+
+def factor(
+    fisher: SymmetricBlocks,
+    *,
+    damping: float,  # lambda >= 0
+    relative: bool = False,
+) -> tuple[SymmetricBlocks, Tensor]:
+    """Cholesky: L with L L^T = F + lambda I, and info [B].
+
+    ``relative`` makes lambda of block b ``damping * trace(F_b) / n``. L has the storage of F, its factor in the lower
+    triangle of ``L.to_dense()``; the factor of a bad block is zero. Jitter is never added.
+    """
+    checks.blocks("factor", "fisher", fisher)
+    checks.no_grad("factor", fisher.data)
+    data, info = torch.ops.mbf_kernels.factor(
+        fisher.data, fisher.count, fisher.size, float(damping), bool(relative)
+    )
+    return SymmetricBlocks(data, fisher.count, fisher.size), info
+
+
+def solve(
+    factor: SymmetricBlocks,
+    rhs: Tensor,  # [B, n] or [B, n, k]
+) -> Tensor:
+    """x = (L L^T)^-1 rhs, in the shape of ``rhs``; zero for a block whose factor is bad."""
+    checks.blocks("solve", "factor", factor)
+    checks.no_grad("solve", factor.data, rhs)
+    return torch.ops.mbf_kernels.solve(factor.data, factor.count, factor.size, rhs)
+
+
+def accumulate_factor_solve_(
+    fisher: SymmetricBlocks,
+    g: Tensor,  # [B, n]
+    rhs: Tensor,  # [B, n]
+    *,
+    decay: float,  # beta in [0, 1]
+    damping: float,  # lambda >= 0
+    relative: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """F <- beta F + (1 - beta) g g^T in place, then x = (F + lambda I)^-1 rhs: returns x [B, n] and info [B].
+
+    The fused launch: the same bits as ``accumulate_``, ``factor`` and ``solve`` in a row, with one pass over F.
+    """
+    checks.blocks("accumulate_factor_solve_", "fisher", fisher)
+    checks.no_grad("accumulate_factor_solve_", g, rhs)
+    return torch.ops.mbf_kernels.accumulate_factor_solve_(
+        fisher.data, fisher.count, fisher.size, g, rhs, float(decay), float(damping), bool(relative)
+    )
+
+
+def mbf_step_(
+    params: Sequence[Tensor],  # W, each [..., *element dimensions of product n]
+    grads: Sequence[Tensor],  # g, likewise
+    momenta: Sequence[Tensor],  # M, likewise
+    fishers: Sequence[SymmetricBlocks],  # F, all of one size n
+    *,
+    lr: float,  # alpha
+    momentum: float,  # mu in [0, 1)
+    decay: float,  # beta in [0, 1]
+    damping: float,  # lambda >= 0
+    weight_decay: float = 0.0,  # gamma, decoupled
+    relative: bool = False,
+    graft: str | None = None,  # None or "adam"
+    nesterov: bool = False,
+    eps: float = 1e-8,
+    momentum_weight: float | Sequence[float] = 1.0,  # 1 - mu^t
+    fisher_weight: float | Sequence[float] = 1.0,  # 1 - beta^t
+    maximize: bool = False,
+    update: bool = True,
+    factors: Sequence[SymmetricBlocks] | None = None,
+    refactor: bool = True,
+    skipped: Sequence[Tensor] | None = None,  # int64 scalars
+) -> list[Tensor]:
+    """The whole Mini-Block Fisher step for tensors of one block size, in one launch. Per block::
+
+        g <- -g                                    if maximize
+        M <- mu M + g
+        F <- beta F + (1 - beta) g g^T             if update
+        D  = mu M + g if nesterov else M
+        P  = (F + lambda I)^-1 D                   lambda = damping, or damping * trace(F)/n if relative
+        W <- (1 - alpha gamma) W - alpha P                     graft=None: the paper's form
+        W <- (1 - alpha gamma) W - alpha (|u| / |P|) P         graft="adam"; no step where P = 0
+        u  = mhat / (sqrt(vhat) + eps), mhat = (1-mu) D / momentum_weight, vhat = diag(F) / fisher_weight
+
+    The trailing dimensions of each tensor multiply to n, the leading ones enumerate its blocks; any strides work in
+    place. The two weights undo the zero start of M and F (one number, or one per tensor). A zero block has no scale
+    to be relative to: there lambda is 1. ``factors`` caches L: written if ``refactor``, used instead of factoring
+    otherwise. ``skipped`` are counters, each incremented by its tensor's number of bad blocks.
+
+    Returns info [B] of each tensor. Source: Bahamou, Goldfarb, Ren (AISTATS 2023); norm grafting per mini-block, from
+    F's own diagonal, is ours.
+    """
+    op = "mbf_step_"
+    for name, group in (("fishers", fishers), ("factors", factors or ())):
+        for member in group:
+            checks.blocks(op, name, member)
+    checks.same_length(op, params=params, grads=grads, momenta=momenta, fishers=fishers)
+    if not len(params):
+        return []
+    if graft not in (None, "adam"):
+        raise ValueError(f'{op}: expected graft to be None or "adam", got {graft!r}')
+    if factors is not None:
+        checks.same_length(op, params=params, factors=factors)
+        checks.same_blocks(op, fishers, factors)
+    if not refactor and factors is None:
+        raise ValueError(f"{op}: expected factors when refactor is False, got none")
+    checks.one_size(op, fishers)
+    checks.no_grad(op, *params, *grads, *momenta)
+    info = torch.ops.mbf_kernels.mbf_step_(
+        list(params),
+        list(grads),
+        list(momenta),
+        [fisher.data for fisher in fishers],
+        [factor.data for factor in factors or ()],
+        list(skipped or ()),
+        [fisher.count for fisher in fishers],
+        fishers[0].size,
+        _per_tensor(momentum_weight, len(params)),
+        _per_tensor(fisher_weight, len(params)),
+        float(lr),
+        float(momentum),
+        float(decay),
+        float(damping),
+        float(weight_decay),
+        float(eps),
+        bool(relative),
+        graft == "adam",
+        bool(nesterov),
+        bool(maximize),
+        bool(update),
+        bool(refactor),
+    )
+    return list(info.split([fisher.count for fisher in fishers]))
+
+
+def _per_tensor(weight: float | Sequence[float], count: int) -> list[float]:
+    if isinstance(weight, Sequence):
+        return [float(w) for w in weight]
+    return [float(weight)] * count
+
+
+def _register(name: str, schema: str, run, fake) -> None:
+    _library.define(f"{name}{schema}", tags=[torch.Tag.pt2_compliant_tag])
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mbf_kernels::{name}", fake, lib=_library)
+
+
+def _accumulate(fisher, count, size, g, decay):
+    op = "accumulate_"
+    checks.storage(op, fisher, count, size)
+    checks.vectors(op, "g", g, fisher, count, size, samples=True)
+    checks.decay(op, decay)
+    if count == 0:
+        return
+    samples = g if g.ndim == 3 else g[None]
+    choose(op, fisher.device, size).accumulate_(SymmetricBlocks(fisher, count, size), samples, decay)
+    torch.autograd.graph.increment_version(fisher)
+
+
+def _accumulate_fake(fisher, count, size, g, decay):
+    checks.vectors("accumulate_", "g", g, fisher, count, size, samples=True)
+
+
+def _factor(fisher, count, size, damping, relative):
+    op = "factor"
+    checks.storage(op, fisher, count, size)
+    checks.non_negative(op, damping=damping)
+    if count == 0:
+        return _factor_fake(fisher, count, size, damping, relative)
+    lower, info = choose(op, fisher.device, size).factor(
+        SymmetricBlocks(fisher, count, size), damping, relative
+    )
+    return lower.data, info
+
+
+def _factor_fake(fisher, count, size, damping, relative):
+    return torch.empty_like(fisher), fisher.new_empty(count, dtype=torch.int32)
+
+
+def _solve(factor, count, size, rhs):
+    op = "solve"
+    checks.storage(op, factor, count, size)
+    checks.right_hand_sides(op, rhs, factor, count, size)
+    if rhs.numel() == 0:
+        return rhs.new_empty(rhs.shape)
+    columns = rhs if rhs.ndim == 3 else rhs[..., None]
+    x = choose(op, factor.device, size).solve(SymmetricBlocks(factor, count, size), columns)
+    return x.reshape(rhs.shape).contiguous()
+
+
+def _solve_fake(factor, count, size, rhs):
+    checks.right_hand_sides("solve", rhs, factor, count, size)
+    return rhs.new_empty(rhs.shape)
+
+
+def _fused(fisher, count, size, g, rhs, decay, damping, relative):
+    op = "accumulate_factor_solve_"
+    checks.storage(op, fisher, count, size)
+    for name, vector in (("g", g), ("rhs", rhs)):
+        checks.vectors(op, name, vector, fisher, count, size)
+    checks.decay(op, decay)
+    checks.non_negative(op, damping=damping)
+    if count == 0:
+        return _fused_fake(fisher, count, size, g, rhs, decay, damping, relative)
+    result = choose(op, fisher.device, size).accumulate_factor_solve_(
+        SymmetricBlocks(fisher, count, size), g, rhs, decay, damping, relative
+    )
+    torch.autograd.graph.increment_version(fisher)
+    return result
+
+
+def _fused_fake(fisher, count, size, g, rhs, decay, damping, relative):
+    return rhs.new_empty(rhs.shape), fisher.new_empty(count, dtype=torch.int32)
+
+
+def _step(
+    params, grads, momenta, fishers, factors, skipped, counts, size, momentum_weights, fisher_weights,
+    lr, momentum, decay, damping, weight_decay, eps, relative, graft, nesterov, maximize, update, refactor,
+):  # fmt: skip
+    op = "mbf_step_"
+    checks.decay(op, decay)
+    checks.momentum(op, momentum)
+    checks.non_negative(op, lr=lr, damping=damping, weight_decay=weight_decay, eps=eps)
+    checks.weights(op, len(params), momentum_weight=momentum_weights, fisher_weight=fisher_weights)
+    checks.step_tensors(op, params, grads, momenta, fishers, factors, skipped, counts, size)
+    keep = [i for i, count in enumerate(counts) if count]
+    if not keep:
+        return fishers[0].new_empty(0, dtype=torch.int32)
+
+    def pick(items):
+        return [items[i] for i in keep] if items else []
+
+    def pick_blocks(data):
+        return [SymmetricBlocks(data[i], counts[i], size) for i in keep] if data else []
+
+    options = StepOptions(
+        lr, momentum, decay, damping, weight_decay, eps, relative, graft, nesterov, maximize, update, refactor
+    )
+    info = choose(op, params[0].device, size).mbf_step_(
+        pick(params), pick(grads), pick(momenta), pick_blocks(fishers), pick_blocks(factors), pick(skipped),
+        pick(momentum_weights), pick(fisher_weights), options,
+    )  # fmt: skip
+    torch.autograd.graph.increment_version([*params, *momenta, *fishers, *factors, *skipped])
+    return info
+
+
+def _step_fake(params, grads, momenta, fishers, factors, skipped, counts, size, *options):
+    return fishers[0].new_empty(sum(counts), dtype=torch.int32)
+
+
+_register(
+    "accumulate_",
+    "(Tensor(a!) fisher, int count, int size, Tensor g, float decay) -> ()",
+    _accumulate,
+    _accumulate_fake,
+)
+_register(
+    "factor",
+    "(Tensor fisher, int count, int size, float damping, bool relative) -> (Tensor, Tensor)",
+    _factor,
+    _factor_fake,
+)
+_register("solve", "(Tensor factor, int count, int size, Tensor rhs) -> Tensor", _solve, _solve_fake)
+_register(
+    "accumulate_factor_solve_",
+    "(Tensor(a!) fisher, int count, int size, Tensor g, Tensor rhs, float decay, float damping, bool relative)"
+    " -> (Tensor, Tensor)",
+    _fused,
+    _fused_fake,
+)
+_register(
+    "mbf_step_",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] fishers, Tensor(d!)[] factors,"
+    " Tensor(e!)[] skipped, int[] counts, int size, float[] momentum_weights, float[] fisher_weights,"
+    " float lr, float momentum, float decay, float damping, float weight_decay, float eps, bool relative,"
+    " bool graft, bool nesterov, bool maximize, bool update, bool refactor) -> Tensor",
+    _step,
+    _step_fake,
+)

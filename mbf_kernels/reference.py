@@ -1,0 +1,189 @@
+"""Every op in plain ``torch.linalg``: the specification, the fallback, and what the kernels are tested against.
+
+Any block size, float32 and float64, any device. ``info`` [B] int32: 0 is good; k > 0 says that k (from 1) is the
+first pivot that is not positive and finite, or else the first element that is not finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .blocks import SymmetricBlocks, pack_dense
+from .options import StepOptions
+
+
+def accumulate_(
+    fisher: SymmetricBlocks,
+    g: Tensor,  # [S, B, n]
+    decay: float,
+) -> None:
+    """F <- decay F + (1-decay) mean_s g_s g_s^T; a block whose new diagonal is not finite keeps its old value."""
+    updated = _accumulated(fisher.to_dense(), g, decay)
+    finite = updated.diagonal(dim1=1, dim2=2).isfinite().all(1)
+    _overwrite(fisher, updated, finite)
+
+
+def factor(fisher: SymmetricBlocks, damping: float, relative: bool) -> tuple[SymmetricBlocks, Tensor]:
+    """L with L L^T = F + lambda I, and info; L = 0 for a bad block."""
+    lower, info = _factored(fisher.to_dense(), damping, relative, zero_block_lambda=0.0)
+    return SymmetricBlocks(pack_dense(lower), fisher.count, fisher.size), info
+
+
+def solve(
+    factor: SymmetricBlocks,
+    rhs: Tensor,  # [B, n, k]
+) -> Tensor:
+    """x = (L L^T)^-1 rhs; x = 0 for a block whose factor is bad."""
+    return _solved(factor.to_dense().tril(), rhs)
+
+
+def accumulate_factor_solve_(
+    fisher: SymmetricBlocks,
+    g: Tensor,  # [B, n]
+    rhs: Tensor,  # [B, n]
+    decay: float,
+    damping: float,
+    relative: bool,
+) -> tuple[Tensor, Tensor]:
+    """The three in a row. A bad block keeps its F, and its x is 0."""
+    updated = _accumulated(fisher.to_dense(), g[None], decay)
+    lower, info = _factored(updated, damping, relative, zero_block_lambda=0.0)
+    x = _solved(lower, rhs[..., None])[..., 0]
+    for vector in (g, rhs, x):
+        info = _flag_nonfinite(info, vector)
+    good = info == 0
+    _overwrite(fisher, updated, good)
+    return torch.where(good[:, None], x, 0), info
+
+
+def mbf_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    fishers: Sequence[SymmetricBlocks],
+    factors: Sequence[SymmetricBlocks],
+    skipped: Sequence[Tensor],
+    momentum_weights: Sequence[float],
+    fisher_weights: Sequence[float],
+    options: StepOptions,
+) -> Tensor:
+    """One optimizer step for each tensor; returns the info of all blocks in a row."""
+    infos = []
+    for i, fisher in enumerate(fishers):
+        info = _step(
+            params[i], grads[i], momenta[i], fisher, factors[i] if factors else None,
+            momentum_weights[i], fisher_weights[i], options,
+        )  # fmt: skip
+        if skipped:
+            skipped[i] += (info != 0).sum()
+        infos.append(info)
+    return torch.cat(infos)
+
+
+def _step(
+    param: Tensor,
+    grad: Tensor,
+    momentum: Tensor,
+    fisher: SymmetricBlocks,
+    cached: SymmetricBlocks | None,
+    momentum_weight: float,
+    fisher_weight: float,
+    o: StepOptions,
+) -> Tensor:
+    blocks = (fisher.count, fisher.size)
+    g = grad.reshape(blocks)
+    if o.maximize:
+        g = -g
+    m = o.momentum * momentum.reshape(blocks) + g
+    d = o.momentum * m + g if o.nesterov else m
+
+    dense = fisher.to_dense()
+    updated = _accumulated(dense, g[None], o.decay) if o.update else dense
+    if o.refactor:
+        lower, info = _factored(updated, o.damping, o.relative, zero_block_lambda=1.0)
+    else:
+        lower = cached.to_dense().tril()
+        info = _first_bad(lower.diagonal(dim1=1, dim2=2) > 0)
+    p = _solved(lower, d[..., None])[..., 0]
+    for vector in (g, d, p):
+        info = _flag_nonfinite(info, vector)
+    good = info == 0
+
+    rate = torch.full_like(p[:, :1], o.lr)
+    if o.graft:
+        mean = (1 - o.momentum) / momentum_weight * d
+        u = mean / ((updated.diagonal(dim1=1, dim2=2) / fisher_weight).sqrt() + o.eps)
+        rate = o.lr * _length_ratio(u, p)
+    stepped = (1 - o.lr * o.weight_decay) * param.reshape(blocks) - rate * p
+
+    if o.update:
+        _overwrite(fisher, updated, good)
+    if o.refactor and cached is not None:
+        _overwrite(cached, lower, good)
+    for tensor, new in ((momentum, m), (param, stepped)):
+        tensor.copy_(torch.where(good[:, None], new, tensor.reshape(blocks)).view(tensor.shape))
+    return info
+
+
+def _accumulated(
+    dense: Tensor,  # [B, n, n]
+    g: Tensor,  # [S, B, n]
+    decay: float,
+) -> Tensor:
+    per_block = g.transpose(0, 1)  # [B, S, n]
+    return torch.baddbmm(dense, per_block.mT, per_block, beta=decay, alpha=(1 - decay) / len(g))
+
+
+def _factored(
+    dense: Tensor,  # [B, n, n]
+    damping: float,
+    relative: bool,
+    zero_block_lambda: float,  # relative damping of a block whose trace is zero
+) -> tuple[Tensor, Tensor]:
+    if relative:
+        trace = dense.diagonal(dim1=1, dim2=2).sum(1)
+        damp = torch.where(trace > 0, damping * trace / dense.shape[1], zero_block_lambda)
+    else:
+        damp = dense.new_full(dense.shape[:1], damping)
+    lower, info = torch.linalg.cholesky_ex(dense + torch.diag_embed(damp[:, None].expand(dense.shape[:2])))
+    diagonal = lower.diagonal(dim1=1, dim2=2)
+    # LAPACK lets an infinite pivot pass
+    info = torch.where(info != 0, info, _first_bad(diagonal.isfinite() & (diagonal > 0)))
+    return torch.where((info == 0)[:, None, None], lower, 0), info
+
+
+def _solved(
+    lower: Tensor,  # [B, n, n]
+    rhs: Tensor,  # [B, n, k]
+) -> Tensor:
+    bad = (_first_bad(lower.diagonal(dim1=1, dim2=2) > 0) != 0)[:, None, None]
+    identity = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device)
+    return torch.where(bad, 0, torch.cholesky_solve(rhs, torch.where(bad, identity, lower)))
+
+
+def _length_ratio(u: Tensor, p: Tensor) -> Tensor:
+    """|u| / |p| by rows, [B, 1]; 0 where p = 0. |p| is formed relative to its largest entry, whose square may
+    leave the range of the dtype."""
+    peak = p.abs().amax(1, keepdim=True)
+    unit = 1 / peak.clamp_min(1e-30)
+    ratio = unit * torch.linalg.vector_norm(u, dim=1, keepdim=True)
+    ratio = ratio / torch.linalg.vector_norm(unit * p, dim=1, keepdim=True)
+    return torch.where(peak > 0, ratio, 0)
+
+
+def _first_bad(good: Tensor) -> Tensor:
+    """1 + the index of the first False of each row, 0 where there is none."""
+    bad = (~good).to(torch.int32)
+    return torch.where(bad.any(1), bad.argmax(1) + 1, 0).to(torch.int32)
+
+
+def _flag_nonfinite(info: Tensor, vector: Tensor) -> Tensor:
+    return torch.where(info != 0, info, _first_bad(vector.isfinite()))
+
+
+def _overwrite(blocks: SymmetricBlocks, dense: Tensor, where: Tensor) -> None:
+    """Writes the blocks that ``where`` [B] selects; the others keep every bit."""
+    blocks.data.copy_(pack_dense(torch.where(where[:, None, None], dense, blocks.to_dense())))
