@@ -33,14 +33,44 @@ MBF_FN V flag(V info, Mask good, int k) {
 template <int N, class V>
 MBF_FN V flag_nonfinite(V info, const V* x, int n_) {
     const int n = size_of<N>(n_);
-    MBF_UNROLL
     for (int k = 0; k < n; ++k) info = flag(info, x[k] - x[k] == V{}, k + 1);
     return info;
 }
 
+// info, or the first k for which l_kk / l_kk is not 1: the pivot was zero, negative, infinite or NaN.
+template <int N, class V>
+MBF_FN V flag_pivots(V info, const V* l, const V* inverse, int n_) {
+    const int n = size_of<N>(n_);
+    for (int k = 0; k < n; ++k) {
+        const V one = l[row(k) + k] * inverse[k];
+        info = flag(info, one == one, k + 1);
+    }
+    return info;
+}
+
+// The cheap first question, for which the common case needs no more: 0 if all x_k are finite, else NaN.
+template <int N, class V>
+MBF_FN V poison(const V* x, int n_) {
+    const int n = size_of<N>(n_);
+    V sum{};
+    MBF_UNROLL
+    for (int k = 0; k < n; ++k) sum = sum + (x[k] - x[k]);
+    return sum;
+}
+
+// Likewise for the pivots of a factor: finite, else NaN.
+template <int N, class V>
+MBF_FN V poison_of_pivots(const V* l, const V* inverse, int n_) {
+    const int n = size_of<N>(n_);
+    V sum{};
+    MBF_UNROLL
+    for (int k = 0; k < n; ++k) sum = sum + l[row(k) + k] * inverse[k];
+    return sum - sum;
+}
+
 // F <- decay F + (1-decay) g g^T
 template <int N, class V, class S>
-MBF_FN void accumulate(V* f, const V* g, S decay, S weight, int n_) {
+MBF_FN void accumulate(V* MBF_RESTRICT f, const V* MBF_RESTRICT g, S decay, S weight, int n_) {
     const int n = size_of<N>(n_);
     MBF_UNROLL
     for (int i = 0; i < n; ++i) {
@@ -50,16 +80,14 @@ MBF_FN void accumulate(V* f, const V* g, S decay, S weight, int n_) {
     }
 }
 
-// info, or the first k for which F_kk is not finite.
+// 0 where the diagonal of F is finite, else NaN.
 template <int N, class V>
-MBF_FN V flag_nonfinite_diagonal(V info, const V* f, int n_) {
+MBF_FN V poison_of_diagonal(const V* f, int n_) {
     const int n = size_of<N>(n_);
+    V sum{};
     MBF_UNROLL
-    for (int k = 0; k < n; ++k) {
-        const V d = f[row(k) + k];
-        info = flag(info, d - d == V{}, k + 1);
-    }
-    return info;
+    for (int k = 0; k < n; ++k) sum = sum + (f[row(k) + k] - f[row(k) + k]);
+    return sum;
 }
 
 template <int N, class V>
@@ -73,7 +101,7 @@ MBF_FN V trace(const V* f, int n_) {
 
 // A <- F + lambda I
 template <int N, class V>
-MBF_FN void damp(V* a, const V* f, V lambda, int n_) {
+MBF_FN void damp(V* MBF_RESTRICT a, const V* MBF_RESTRICT f, V lambda, int n_) {
     const int n = size_of<N>(n_);
     MBF_UNROLL
     for (int i = 0; i < n; ++i) {
@@ -85,13 +113,14 @@ MBF_FN void damp(V* a, const V* f, V lambda, int n_) {
 
 // Rows j0 .. j0+C of columns j0 .. j0+C of the factor, and the inverses of its diagonal.
 template <int C, class V>
-MBF_FN V factor_diagonal_tile(V* a, V* inverse, V info, int j0) {
+MBF_FN void factor_diagonal_tile(V* MBF_RESTRICT a, V* MBF_RESTRICT inverse, int j0) {
     V acc[C][C];
     MBF_UNROLL
     for (int r = 0; r < C; ++r) {
         MBF_UNROLL
         for (int c = 0; c <= r; ++c) acc[r][c] = a[row(j0 + r) + j0 + c];
     }
+    MBF_UNROLL
     for (int k = 0; k < j0; ++k) {
         MBF_UNROLL
         for (int r = 0; r < C; ++r) {
@@ -101,9 +130,7 @@ MBF_FN V factor_diagonal_tile(V* a, V* inverse, V info, int j0) {
     }
     MBF_UNROLL
     for (int c = 0; c < C; ++c) {
-        const V pivot = acc[c][c];
-        info = flag(info, (pivot > V{}) & (pivot - pivot == V{}), j0 + c + 1);
-        acc[c][c] = square_root(pivot);
+        acc[c][c] = square_root(acc[c][c]);
         inverse[j0 + c] = 1 / acc[c][c];
         MBF_UNROLL
         for (int r = c + 1; r < C; ++r) {
@@ -117,18 +144,18 @@ MBF_FN V factor_diagonal_tile(V* a, V* inverse, V info, int j0) {
         MBF_UNROLL
         for (int c = 0; c <= r; ++c) a[row(j0 + r) + j0 + c] = acc[r][c];
     }
-    return info;
 }
 
 // Rows i0 .. i0+R (below the diagonal tile) of columns j0 .. j0+C of the factor.
 template <int R, int C, class V>
-MBF_FN void factor_tile(V* a, const V* inverse, int i0, int j0) {
+MBF_FN void factor_tile(V* MBF_RESTRICT a, const V* MBF_RESTRICT inverse, int i0, int j0) {
     V acc[R][C];
     MBF_UNROLL
     for (int r = 0; r < R; ++r) {
         MBF_UNROLL
         for (int c = 0; c < C; ++c) acc[r][c] = a[row(i0 + r) + j0 + c];
     }
+    MBF_UNROLL
     for (int k = 0; k < j0; ++k) {
         MBF_UNROLL
         for (int r = 0; r < R; ++r) {
@@ -154,42 +181,37 @@ MBF_FN void factor_tile(V* a, const V* inverse, int i0, int j0) {
 
 // Columns j0 .. j0+C of the factor, in tiles of R rows and then single rows.
 template <int R, int C, class V>
-MBF_FN V factor_columns(V* a, V* inverse, V info, int j0, int n) {
-    info = factor_diagonal_tile<C>(a, inverse, info, j0);
+MBF_FN void factor_columns(V* MBF_RESTRICT a, V* MBF_RESTRICT inverse, int j0, int n) {
+    factor_diagonal_tile<C>(a, inverse, j0);
     int i = j0 + C;
-    for (; i + R <= n; i += R) factor_tile<R, C>(a, inverse, i, j0);
-    for (; i < n; ++i) factor_tile<1, C>(a, inverse, i, j0);
-    return info;
-}
-
-// A <- L with A = L L^T (Cholesky, left-looking, R x R tiles), inverse <- 1 / diag(L); returns info.
-template <int N, int R, class V>
-MBF_FN V factor(V* a, V* inverse, int n_) {
-    const int n = size_of<N>(n_);
-    V info{};
-    int j = 0;
-    for (; j + R <= n; j += R) info = factor_columns<R, R>(a, inverse, info, j, n);
-    for (; j < n; ++j) info = factor_columns<R, 1>(a, inverse, info, j, n);
-    return info;
-}
-
-// inverse <- 1 / diag(L); returns info. A failed factor is zero and shows here.
-template <int N, class E, class V>
-MBF_FN V invert_diagonal(const E* l, V* inverse, int n_) {
-    const int n = size_of<N>(n_);
-    V info{};
     MBF_UNROLL
-    for (int k = 0; k < n; ++k) {
-        const V d = l[row(k) + k];
-        info = flag(info, (d > V{}) & (d - d == V{}), k + 1);
-        inverse[k] = 1 / d;
-    }
-    return info;
+    for (; i + R <= n; i += R) factor_tile<R, C>(a, inverse, i, j0);
+    MBF_UNROLL
+    for (; i < n; ++i) factor_tile<1, C>(a, inverse, i, j0);
+}
+
+// A <- L with A = L L^T (Cholesky, left-looking, R x R tiles), inverse <- 1 / diag(L).
+template <int N, int R, class V>
+MBF_FN void factor(V* MBF_RESTRICT a, V* MBF_RESTRICT inverse, int n_) {
+    const int n = size_of<N>(n_);
+    int j = 0;
+    MBF_UNROLL
+    for (; j + R <= n; j += R) factor_columns<R, R>(a, inverse, j, n);
+    MBF_UNROLL
+    for (; j < n; ++j) factor_columns<R, 1>(a, inverse, j, n);
+}
+
+// inverse <- 1 / diag(L). A failed factor is zero: its inverse is infinite and shows in poison_of_pivots.
+template <int N, class V>
+MBF_FN void invert_diagonal(const V* l, V* inverse, int n_) {
+    const int n = size_of<N>(n_);
+    MBF_UNROLL
+    for (int k = 0; k < n; ++k) inverse[k] = 1 / l[row(k) + k];
 }
 
 // x <- (L L^T)^-1 x. The entries E of L are V, or scalars when the lanes hold right-hand sides of one block.
 template <int N, class E, class V>
-MBF_FN void solve(const E* l, const E* inverse, V* x, int n_) {
+MBF_FN void solve(const E* MBF_RESTRICT l, const E* MBF_RESTRICT inverse, V* MBF_RESTRICT x, int n_) {
     const int n = size_of<N>(n_);
     MBF_UNROLL
     for (int k = 0; k < n; ++k) {
@@ -208,7 +230,7 @@ MBF_FN void solve(const E* l, const E* inverse, V* x, int n_) {
 // |u| / |P|, and 0 where P = 0: gives P the length of Adam's step u = mhat / (sqrt(vhat) + eps), with
 // mhat = momentum_scale * D and vhat = fisher_scale * diag(F).
 template <int N, class V, class S>
-MBF_FN V graft_scale(const V* diagonal, const V* d, const V* p, S momentum_scale, S fisher_scale, S eps, int n_) {
+MBF_FN V graft_scale(const V* f, const V* d, const V* p, S momentum_scale, S fisher_scale, S eps, int n_) {
     const int n = size_of<N>(n_);
     V peak{};  // |P| is formed relative to its largest entry: squares of entries may leave the range of S
     V adam{};
@@ -216,7 +238,7 @@ MBF_FN V graft_scale(const V* diagonal, const V* d, const V* p, S momentum_scale
     for (int k = 0; k < n; ++k) {
         const V magnitude = p[k] < V{} ? -p[k] : p[k];
         peak = magnitude > peak ? magnitude : peak;
-        const V u = momentum_scale * d[k] / (square_root(fisher_scale * diagonal[k]) + eps);
+        const V u = momentum_scale * d[k] / (square_root(fisher_scale * f[row(k) + k]) + eps);
         adam = adam + u * u;
     }
     const V floor = V{} + static_cast<S>(1e-30);
