@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -54,7 +55,11 @@ class SymmetricBlocks:
 
     @classmethod
     def zeros(
-        cls, count: int, size: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+        cls,
+        count: int,
+        size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
     ) -> SymmetricBlocks:
         """``count`` zero blocks. Raises ValueError for a negative count or a size below 1, TypeError for a dtype
         other than float32 and float64."""
@@ -118,6 +123,27 @@ class SymmetricBlocks:
         i = torch.arange(self.size, device=self.data.device)
         return self.to_packed()[:, i * (i + 3) // 2]
 
+    @classmethod
+    def cat(cls, parts: Sequence[SymmetricBlocks]) -> SymmetricBlocks:
+        """The blocks of all ``parts`` (at least one, all of one size) in a row, in new storage."""
+        sizes = sorted({part.size for part in parts})
+        if len(sizes) != 1:
+            raise ValueError(f"SymmetricBlocks.cat: expected one or more parts of one size, got sizes {sizes}")
+        if sizes[0] > MAX_TILED_SIZE:
+            return cls(torch.cat([part.data for part in parts]), sum(map(len, parts)), sizes[0])
+        return cls.from_packed(torch.cat([part.to_packed() for part in parts]))
+
+    def split(self, counts: Sequence[int]) -> list[SymmetricBlocks]:
+        """The inverse of ``cat``: runs of ``counts`` blocks. Block-major runs share this storage."""
+        if sum(counts) != self.count:
+            raise ValueError(f"SymmetricBlocks.split: expected counts that add up to {self.count}, got {list(counts)}")
+        if len(counts) == 1:
+            return [self]
+        if self.size > MAX_TILED_SIZE:
+            runs = self.data.split(list(counts))
+            return [SymmetricBlocks(run, count, self.size) for run, count in zip(runs, counts, strict=True)]
+        return [SymmetricBlocks.from_packed(run) for run in self.to_packed().split(list(counts))]
+
     def copy_(self, other: SymmetricBlocks) -> SymmetricBlocks:
         """Overwrites these blocks with those of ``other`` (same count and size)."""
         if (self.count, self.size) != (other.count, other.size):
@@ -128,9 +154,7 @@ class SymmetricBlocks:
     def clone(self) -> SymmetricBlocks:
         return SymmetricBlocks(self.data.clone(), self.count, self.size)
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> SymmetricBlocks:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SymmetricBlocks:
         """The same blocks on another device or in another dtype (float32 or float64)."""
         _check_dtype("SymmetricBlocks.to", dtype or self.dtype)
         return SymmetricBlocks(self.data.to(device=device, dtype=dtype), self.count, self.size)
@@ -182,8 +206,7 @@ def check_storage(op: str, data: Tensor, count: int, size: int) -> None:
     shape = storage_shape(count, size)
     if tuple(data.shape) != shape:
         raise ValueError(
-            f"{op}: expected storage of shape {list(shape)} for {count} blocks of {size}x{size}, "
-            f"got {list(data.shape)}"
+            f"{op}: expected storage of shape {list(shape)} for {count} blocks of {size}x{size}, got {list(data.shape)}"
         )
     if not data.is_contiguous():
         raise ValueError(f"{op}: expected contiguous storage, got strides {list(data.stride())}")

@@ -44,9 +44,7 @@ def same_blocks(op: str, fishers: Sequence[SymmetricBlocks], factors: Sequence[S
             raise ValueError(f"{op}: expected factors[{i}] like fishers[{i}], {fisher}, got {factor}")
 
 
-def vectors(
-    op: str, name: str, tensor: Tensor, like: Tensor, count: int, size: int, samples: bool = False
-) -> None:
+def vectors(op: str, name: str, tensor: Tensor, like: Tensor, count: int, size: int, samples: bool = False) -> None:
     """[B, n], or [S, B, n] with S >= 1 when ``samples``."""
     _tensor(op, name, tensor, like)
     fits = tensor.ndim == 2 or (samples and tensor.ndim == 3 and tensor.shape[0] > 0)
@@ -118,7 +116,11 @@ def step_tensors(
                 raise ValueError(
                     f"{op}: expected {name} of shape {list(param.shape)}, like its weights, got {list(tensor.shape)}"
                 )
-        if skipped and (skipped[i].dtype, skipped[i].numel(), skipped[i].device) != (torch.int64, 1, param.device):
+        if skipped and (skipped[i].dtype, skipped[i].numel(), skipped[i].device) != (
+            torch.int64,
+            1,
+            param.device,
+        ):
             raise ValueError(
                 f"{op}: expected skipped[{i}] to be one int64 on {param.device}, got {list(skipped[i].shape)} "
                 f"of {skipped[i].dtype} on {skipped[i].device}"

@@ -63,9 +63,7 @@ def factor(fisher: SymmetricBlocks, damping: float, relative: bool) -> tuple[Sym
 def solve(factor: SymmetricBlocks, rhs: Tensor) -> Tensor:
     rhs = rhs.contiguous()
     x = torch.empty_like(rhs)
-    problem = _C.Problem(
-        count=factor.count, factor=factor.data.data_ptr(), rhs=_columns(rhs), out=_columns(x)
-    )
+    problem = _C.Problem(count=factor.count, factor=factor.data.data_ptr(), rhs=_columns(rhs), out=_columns(x))
     _launch(_C.Op.solve, factor, [problem], rhs_count=rhs.shape[2])
     return x
 
@@ -80,9 +78,7 @@ def accumulate_factor_solve_(
         count=fisher.count, fisher=fisher.data.data_ptr(), info=info.data_ptr(),
         grad=views[0].native, rhs=views[1].native, out=views[2].native,
     )  # fmt: skip
-    _launch(
-        _C.Op.accumulate_factor_solve_, fisher, [problem], decay=decay, damping=damping, relative=relative
-    )
+    _launch(_C.Op.accumulate_factor_solve_, fisher, [problem], decay=decay, damping=damping, relative=relative)
     return x, info
 
 

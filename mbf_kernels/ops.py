@@ -55,9 +55,7 @@ def factor(
     """
     checks.blocks("factor", "fisher", fisher)
     checks.no_grad("factor", fisher.data)
-    data, info = torch.ops.mbf_kernels.factor(
-        fisher.data, fisher.count, fisher.size, float(damping), bool(relative)
-    )
+    data, info = torch.ops.mbf_kernels.factor(fisher.data, fisher.count, fisher.size, float(damping), bool(relative))
     return SymmetricBlocks(data, fisher.count, fisher.size), info
 
 
@@ -210,9 +208,7 @@ def _factor(fisher, count, size, damping, relative):
     checks.non_negative(op, damping=damping)
     if count == 0:
         return _factor_fake(fisher, count, size, damping, relative)
-    lower, info = choose(op, fisher.device, size).factor(
-        SymmetricBlocks(fisher, count, size), damping, relative
-    )
+    lower, info = choose(op, fisher.device, size).factor(SymmetricBlocks(fisher, count, size), damping, relative)
     return lower.data, info
 
 

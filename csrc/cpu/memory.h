@@ -20,7 +20,7 @@ struct Group {
 // W x W transpose in registers: log2(W) rounds, each swapping halves of shrinking pairs of rows. Rounds whose
 // results the caller drops are dropped by the compiler.
 template <class S>
-inline void transpose(Lanes<S> (&m)[LanesOf<S>::kCount]) {
+MBF_FN void transpose(Lanes<S> (&m)[LanesOf<S>::kCount]) {
     using V = Lanes<S>;
     constexpr int W = LanesOf<S>::kCount;
     using Index = decltype(V{} < V{});
@@ -44,7 +44,7 @@ inline void transpose(Lanes<S> (&m)[LanesOf<S>::kCount]) {
 
 // v[k][l] <- rows[l][k] for k < length.
 template <class S>
-inline __attribute__((always_inline)) void gather_rows(Lanes<S>* v, const S* const* rows, int length) {
+MBF_FN void gather_rows(Lanes<S>* v, const S* const* rows, int length) {
     using V = Lanes<S>;
     constexpr int W = LanesOf<S>::kCount;
     for (int k = 0; k < length; k += W) {
@@ -61,7 +61,7 @@ inline __attribute__((always_inline)) void gather_rows(Lanes<S>* v, const S* con
 
 // rows[l][k] <- v[k][l] for k < length and those l < active where keep[l] is zero.
 template <class S>
-inline __attribute__((always_inline)) void scatter_rows(const Lanes<S>* v, S* const* rows, int length,
+MBF_FN void scatter_rows(const Lanes<S>* v, S* const* rows, int length,
                                                         int active, Lanes<S> keep) {
     using V = Lanes<S>;
     constexpr int W = LanesOf<S>::kCount;
@@ -83,41 +83,48 @@ inline __attribute__((always_inline)) void scatter_rows(const Lanes<S>* v, S* co
     }
 }
 
-// The same for W blocks of n scalars that follow each other: whole vectors to and from memory, whose partial
-// accesses are slow, and rows to and from a buffer.
+// The same for W blocks of n scalars that follow each other. Each row moves as a whole vector that overruns into
+// the next ones, which costs less than a partial access; the last rows, whose vector would leave the run, do not.
 template <int N, class S>
-inline __attribute__((always_inline)) void gather_run(Lanes<S>* v, const S* run, int n_) {
+MBF_FN void gather_run(Lanes<S>* v, const S* run, int n_) {
     using V = Lanes<S>;
     constexpr int W = LanesOf<S>::kCount;
     const int n = size_of<N>(n_);
-    S buffer[(N + 1) * W];
-    for (int k = 0; k < n; ++k) store(buffer + k * W, load<V>(run + k * W));
+    MBF_UNROLL
     for (int k = 0; k < n; k += W) {
+        const int width = n - k < W ? n - k : W;
         V m[W];
-#pragma GCC unroll 16
-        for (int l = 0; l < W; ++l) m[l] = load<V>(buffer + l * n + k);
+        MBF_UNROLL
+        for (int l = 0; l < W; ++l) {
+            const S* row = run + l * n + k;
+            m[l] = l * n + k + W <= n * W ? load<V>(row) : load_part<V>(row, width);
+        }
         transpose<S>(m);
-#pragma GCC unroll 16
-        for (int r = 0; r < W; ++r)
-            if (k + r < n) v[k + r] = m[r];
+        MBF_UNROLL
+        for (int r = 0; r < width; ++r) v[k + r] = m[r];
     }
 }
 
 template <int N, class S>
-inline __attribute__((always_inline)) void scatter_run(const Lanes<S>* v, S* run, int n_) {
+MBF_FN void scatter_run(const Lanes<S>* v, S* run, int n_) {
     using V = Lanes<S>;
     constexpr int W = LanesOf<S>::kCount;
     const int n = size_of<N>(n_);
-    S buffer[(N + 1) * W];
-    for (int k = (n - 1) / W * W; k >= 0; k -= W) {  // backwards: the last columns overrun into the next row's first
+    // Backwards over columns and forwards over rows: what a row's last columns overrun is written later.
+    MBF_UNROLL
+    for (int k = (n - 1) / W * W; k >= 0; k -= W) {
+        const int width = n - k < W ? n - k : W;
         V m[W];
-#pragma GCC unroll 16
-        for (int r = 0; r < W; ++r) m[r] = k + r < n ? v[k + r] : V{};
+        MBF_UNROLL
+        for (int r = 0; r < W; ++r) m[r] = r < width ? v[k + r] : V{};
         transpose<S>(m);
-#pragma GCC unroll 16
-        for (int l = 0; l < W; ++l) store(buffer + l * n + k, m[l]);
+        MBF_UNROLL
+        for (int l = 0; l < W; ++l) {
+            S* row = run + l * n + k;
+            if (l * n + k + W <= n * W) store(row, m[l]);
+            else store_part(row, m[l], width);
+        }
     }
-    for (int k = 0; k < n; ++k) store(run + k * W, load<V>(buffer + k * W));
 }
 
 template <class S>

@@ -1,0 +1,1 @@
+"""Training problems and measurements, run from the repository's root: `python -m benchmarks.demo`."""

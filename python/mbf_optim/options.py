@@ -1,0 +1,44 @@
+"""The hyper-parameters of MBF, checked."""
+
+from __future__ import annotations
+
+import math
+
+from .partition import STRUCTURES
+
+
+def check_options(options: dict) -> None:
+    """Raises ValueError or TypeError naming the first option that is out of range."""
+    for name in ("lr", "damping", "weight_decay", "eps"):
+        value = _number(name, options[name])
+        _require(value >= 0 and math.isfinite(value), name, "finite and >= 0", options[name])
+    for name, upper in (("momentum", 1), ("diagonal_decay", 1)):
+        _require(0 <= _number(name, options[name]) < upper, name, "in [0, 1)", options[name])
+    _require(0 <= _number("decay", options["decay"]) <= 1, "decay", "in [0, 1]", options["decay"])
+    for name in ("update_interval", "factor_interval"):
+        value = options[name]
+        _require(value is None or _is_count(value), name, "None or an integer >= 1", value)
+    _require(_is_count(options["segment"]), "segment", "an integer >= 1", options["segment"])
+    _require(options["graft"] in (None, "adam"), "graft", 'None or "adam"', options["graft"])
+    _require(options["blocks"] in STRUCTURES, "blocks", f"one of {', '.join(STRUCTURES)}", options["blocks"])
+    grid = options["grid"]
+    is_grid = isinstance(grid, tuple | list) and len(grid) == 2 and all(map(_is_count, grid))
+    _require(grid is None or is_grid, "grid", "None or two integers >= 1", grid)
+    _require(options["blocks"] != "grid" or grid is not None, "grid", '(m1, m2) with blocks="grid"', grid)
+    _require(not options["capturable"], "capturable", "False: this version has no CUDA kernels", True)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"MBF: expected {name} to be a number, got {value!r}") from None
+
+
+def _require(good: bool, name: str, expected: str, value: object) -> None:
+    if not good:
+        raise ValueError(f"MBF: expected {name} to be {expected}, got {value!r}")

@@ -1,0 +1,47 @@
+"""The step of mini-blocks with a matrix each: one ``mbf_step_`` launch for all tensors of a block size."""
+
+from __future__ import annotations
+
+from mbf_kernels import SymmetricBlocks, mbf_step_
+
+from .tasks import Task
+
+
+def unshared_step_(tasks: list[Task], group: dict) -> None:
+    launches: dict[tuple, list[Task]] = {}
+    for task in tasks:
+        weight = task.tensors.weight
+        key = (task.blocks.size, task.update, task.refactor, task.cached, weight.device, weight.dtype)
+        launches.setdefault(key, []).append(task)
+    for launch in launches.values():
+        _launch(launch, group)
+
+
+def _launch(tasks: list[Task], group: dict) -> None:
+    first = tasks[0]
+    for task in tasks if first.cached else ():
+        if task.factor is None:
+            task.factor = SymmetricBlocks.zeros(
+                task.fisher.count, task.fisher.size, task.fisher.dtype, task.fisher.device
+            )
+    mbf_step_(
+        [task.view("weight") for task in tasks],
+        [task.view("grad") for task in tasks],
+        [task.view("momentum") for task in tasks],
+        [task.fisher for task in tasks],
+        lr=float(group["lr"]),
+        momentum=group["momentum"],
+        decay=group["decay"],
+        damping=group["damping"],
+        weight_decay=group["weight_decay"],
+        relative=group["relative_damping"],
+        graft=group["graft"],
+        nesterov=group["nesterov"],
+        eps=group["eps"],
+        momentum_weight=[1 - group["momentum"] ** task.state["step"] for task in tasks],
+        fisher_weight=[task.fisher_weight(group["decay"]) or 1.0 for task in tasks],
+        update=first.update,
+        factors=[task.factor for task in tasks] if first.cached else None,
+        refactor=first.refactor,
+        skipped=[task.state["skipped"] for task in tasks],
+    )
