@@ -1,4 +1,4 @@
-"""Batched kernels for small symmetric positive definite blocks: build, damp, Cholesky-factor and solve in one launch."""
+"""Batched kernels for small SPD blocks: build, damp, Cholesky-factor and solve them all in one launch."""
 
 from .backend import backends, use_backend
 from .blocks import SymmetricBlocks

@@ -20,9 +20,22 @@ def storage(op: str, data: Tensor, count: int, size: int) -> None:
     check_storage(op, data, count, size)
 
 
+def tensors(op: str, **values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: expected {name} to be a tensor, got {type(value).__name__}")
+
+
+def tensor_lists(op: str, **lists: Sequence) -> None:
+    for name, items in lists.items():
+        if not isinstance(items, list | tuple):
+            raise TypeError(f"{op}: expected {name} to be a list of tensors, got {type(items).__name__}")
+        tensors(op, **{f"{name}[{i}]": item for i, item in enumerate(items)})
+
+
 def no_grad(op: str, *tensors: Tensor) -> None:
     """The ops are not differentiable: a graph through them would silently be cut."""
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise RuntimeError(f"{op}: not differentiable, but an argument requires grad; call it under torch.no_grad()")
 
 
@@ -128,8 +141,6 @@ def step_tensors(
 
 
 def _tensor(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: expected {name} to be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{op}: expected {name} to be a dense tensor, got layout {tensor.layout}")
     if tensor.dtype not in DTYPES or tensor.dtype != like.dtype:

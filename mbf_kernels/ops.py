@@ -37,6 +37,7 @@ def accumulate_(
     dtype, device or decay.
     """
     checks.blocks("accumulate_", "fisher", fisher)
+    checks.tensors("accumulate_", g=g)
     checks.no_grad("accumulate_", g)
     torch.ops.mbf_kernels.accumulate_(fisher.data, fisher.count, fisher.size, g, float(decay))
     return fisher
@@ -65,6 +66,7 @@ def solve(
 ) -> Tensor:
     """x = (L L^T)^-1 rhs, in the shape of ``rhs``; zero for a block whose factor is bad."""
     checks.blocks("solve", "factor", factor)
+    checks.tensors("solve", rhs=rhs)
     checks.no_grad("solve", factor.data, rhs)
     return torch.ops.mbf_kernels.solve(factor.data, factor.count, factor.size, rhs)
 
@@ -83,6 +85,7 @@ def accumulate_factor_solve_(
     The fused launch: the same bits as ``accumulate_``, ``factor`` and ``solve`` in a row, with one pass over F.
     """
     checks.blocks("accumulate_factor_solve_", "fisher", fisher)
+    checks.tensors("accumulate_factor_solve_", g=g, rhs=rhs)
     checks.no_grad("accumulate_factor_solve_", g, rhs)
     return torch.ops.mbf_kernels.accumulate_factor_solve_(
         fisher.data, fisher.count, fisher.size, g, rhs, float(decay), float(damping), bool(relative)
@@ -135,6 +138,7 @@ def mbf_step_(
     for name, group in (("fishers", fishers), ("factors", factors or ())):
         for member in group:
             checks.blocks(op, name, member)
+    checks.tensor_lists(op, params=params, grads=grads, momenta=momenta, skipped=skipped or ())
     checks.same_length(op, params=params, grads=grads, momenta=momenta, fishers=fishers)
     if not len(params):
         return []
@@ -180,81 +184,81 @@ def _per_tensor(weight: float | Sequence[float], count: int) -> list[float]:
     return [float(weight)] * count
 
 
-def _register(name: str, schema: str, run, fake) -> None:
-    _library.define(f"{name}{schema}", tags=[torch.Tag.pt2_compliant_tag])
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mbf_kernels::{name}", fake, lib=_library)
+# Of every op: its checks, what it returns (all a trace needs to know), and the call of the backend.
+
+
+def _check_accumulate(fisher, count, size, g, decay):
+    checks.storage("accumulate_", fisher, count, size)
+    checks.vectors("accumulate_", "g", g, fisher, count, size, samples=True)
+    checks.decay("accumulate_", decay)
+
+
+def _empty_accumulate(fisher, count, size, g, decay):
+    return None
 
 
 def _accumulate(fisher, count, size, g, decay):
-    op = "accumulate_"
-    checks.storage(op, fisher, count, size)
-    checks.vectors(op, "g", g, fisher, count, size, samples=True)
-    checks.decay(op, decay)
-    if count == 0:
-        return
     samples = g if g.ndim == 3 else g[None]
-    choose(op, fisher.device, size).accumulate_(SymmetricBlocks(fisher, count, size), samples, decay)
+    choose("accumulate_", fisher.device, size).accumulate_(SymmetricBlocks(fisher, count, size), samples, decay)
     torch.autograd.graph.increment_version(fisher)
 
 
-def _accumulate_fake(fisher, count, size, g, decay):
-    checks.vectors("accumulate_", "g", g, fisher, count, size, samples=True)
+def _check_factor(fisher, count, size, damping, relative):
+    checks.storage("factor", fisher, count, size)
+    checks.non_negative("factor", damping=damping)
 
 
-def _factor(fisher, count, size, damping, relative):
-    op = "factor"
-    checks.storage(op, fisher, count, size)
-    checks.non_negative(op, damping=damping)
-    if count == 0:
-        return _factor_fake(fisher, count, size, damping, relative)
-    lower, info = choose(op, fisher.device, size).factor(SymmetricBlocks(fisher, count, size), damping, relative)
-    return lower.data, info
-
-
-def _factor_fake(fisher, count, size, damping, relative):
+def _empty_factor(fisher, count, size, damping, relative):
     return torch.empty_like(fisher), fisher.new_empty(count, dtype=torch.int32)
 
 
-def _solve(factor, count, size, rhs):
-    op = "solve"
-    checks.storage(op, factor, count, size)
-    checks.right_hand_sides(op, rhs, factor, count, size)
-    if rhs.numel() == 0:
-        return rhs.new_empty(rhs.shape)
-    columns = rhs if rhs.ndim == 3 else rhs[..., None]
-    x = choose(op, factor.device, size).solve(SymmetricBlocks(factor, count, size), columns)
-    return x.reshape(rhs.shape).contiguous()
+def _factor(fisher, count, size, damping, relative):
+    blocks = SymmetricBlocks(fisher, count, size)
+    lower, info = choose("factor", fisher.device, size).factor(blocks, damping, relative)
+    return lower.data, info
 
 
-def _solve_fake(factor, count, size, rhs):
+def _check_solve(factor, count, size, rhs):
+    checks.storage("solve", factor, count, size)
     checks.right_hand_sides("solve", rhs, factor, count, size)
+
+
+def _empty_solve(factor, count, size, rhs):
     return rhs.new_empty(rhs.shape)
 
 
-def _fused(fisher, count, size, g, rhs, decay, damping, relative):
+def _solve(factor, count, size, rhs):
+    if rhs.numel() == 0:
+        return _empty_solve(factor, count, size, rhs)
+    columns = rhs if rhs.ndim == 3 else rhs[..., None]
+    x = choose("solve", factor.device, size).solve(SymmetricBlocks(factor, count, size), columns)
+    return x.reshape(rhs.shape).contiguous()
+
+
+def _check_fused(fisher, count, size, g, rhs, decay, damping, relative):
     op = "accumulate_factor_solve_"
     checks.storage(op, fisher, count, size)
     for name, vector in (("g", g), ("rhs", rhs)):
         checks.vectors(op, name, vector, fisher, count, size)
     checks.decay(op, decay)
     checks.non_negative(op, damping=damping)
-    if count == 0:
-        return _fused_fake(fisher, count, size, g, rhs, decay, damping, relative)
-    result = choose(op, fisher.device, size).accumulate_factor_solve_(
-        SymmetricBlocks(fisher, count, size), g, rhs, decay, damping, relative
-    )
+
+
+def _empty_fused(fisher, count, size, g, rhs, decay, damping, relative):
+    return rhs.new_empty(rhs.shape), fisher.new_empty(count, dtype=torch.int32)
+
+
+def _fused(fisher, count, size, g, rhs, decay, damping, relative):
+    backend = choose("accumulate_factor_solve_", fisher.device, size)
+    blocks = SymmetricBlocks(fisher, count, size)
+    result = backend.accumulate_factor_solve_(blocks, g, rhs, decay, damping, relative)
     torch.autograd.graph.increment_version(fisher)
     return result
 
 
-def _fused_fake(fisher, count, size, g, rhs, decay, damping, relative):
-    return rhs.new_empty(rhs.shape), fisher.new_empty(count, dtype=torch.int32)
-
-
-def _step(
+def _check_step(
     params, grads, momenta, fishers, factors, skipped, counts, size, momentum_weights, fisher_weights,
-    lr, momentum, decay, damping, weight_decay, eps, relative, graft, nesterov, maximize, update, refactor,
+    lr, momentum, decay, damping, weight_decay, eps, *flags,
 ):  # fmt: skip
     op = "mbf_step_"
     checks.decay(op, decay)
@@ -262,9 +266,16 @@ def _step(
     checks.non_negative(op, lr=lr, damping=damping, weight_decay=weight_decay, eps=eps)
     checks.weights(op, len(params), momentum_weight=momentum_weights, fisher_weight=fisher_weights)
     checks.step_tensors(op, params, grads, momenta, fishers, factors, skipped, counts, size)
+
+
+def _empty_step(params, grads, momenta, fishers, factors, skipped, counts, size, *options):
+    return fishers[0].new_empty(sum(counts), dtype=torch.int32)
+
+
+def _step(
+    params, grads, momenta, fishers, factors, skipped, counts, size, momentum_weights, fisher_weights, *options
+):  # fmt: skip
     keep = [i for i, count in enumerate(counts) if count]
-    if not keep:
-        return fishers[0].new_empty(0, dtype=torch.int32)
 
     def pick(items):
         return [items[i] for i in keep] if items else []
@@ -272,40 +283,57 @@ def _step(
     def pick_blocks(data):
         return [SymmetricBlocks(data[i], counts[i], size) for i in keep] if data else []
 
-    options = StepOptions(
-        lr, momentum, decay, damping, weight_decay, eps, relative, graft, nesterov, maximize, update, refactor
-    )
-    info = choose(op, params[0].device, size).mbf_step_(
+    info = choose("mbf_step_", params[0].device, size).mbf_step_(
         pick(params), pick(grads), pick(momenta), pick_blocks(fishers), pick_blocks(factors), pick(skipped),
-        pick(momentum_weights), pick(fisher_weights), options,
+        pick(momentum_weights), pick(fisher_weights), StepOptions(*options),
     )  # fmt: skip
     torch.autograd.graph.increment_version([*params, *momenta, *fishers, *factors, *skipped])
     return info
 
 
-def _step_fake(params, grads, momenta, fishers, factors, skipped, counts, size, *options):
-    return fishers[0].new_empty(sum(counts), dtype=torch.int32)
+def _register(name: str, schema: str, check, empty, run) -> None:
+    def checked(*args):
+        check(*args)
+        blocks = args[6] if name == "mbf_step_" else [args[1]]  # the counts
+        return run(*args) if any(blocks) else empty(*args)
+
+    def fake(*args):
+        check(*args)
+        return empty(*args)
+
+    _library.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
+    _library.impl(name, checked, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mbf_kernels::{name}", fake, lib=_library)
 
 
 _register(
     "accumulate_",
     "(Tensor(a!) fisher, int count, int size, Tensor g, float decay) -> ()",
+    _check_accumulate,
+    _empty_accumulate,
     _accumulate,
-    _accumulate_fake,
 )
 _register(
     "factor",
     "(Tensor fisher, int count, int size, float damping, bool relative) -> (Tensor, Tensor)",
+    _check_factor,
+    _empty_factor,
     _factor,
-    _factor_fake,
 )
-_register("solve", "(Tensor factor, int count, int size, Tensor rhs) -> Tensor", _solve, _solve_fake)
+_register(
+    "solve",
+    "(Tensor factor, int count, int size, Tensor rhs) -> Tensor",
+    _check_solve,
+    _empty_solve,
+    _solve,
+)
 _register(
     "accumulate_factor_solve_",
     "(Tensor(a!) fisher, int count, int size, Tensor g, Tensor rhs, float decay, float damping, bool relative)"
     " -> (Tensor, Tensor)",
+    _check_fused,
+    _empty_fused,
     _fused,
-    _fused_fake,
 )
 _register(
     "mbf_step_",
@@ -313,6 +341,7 @@ _register(
     " Tensor(e!)[] skipped, int[] counts, int size, float[] momentum_weights, float[] fisher_weights,"
     " float lr, float momentum, float decay, float damping, float weight_decay, float eps, bool relative,"
     " bool graft, bool nesterov, bool maximize, bool update, bool refactor) -> Tensor",
+    _check_step,
+    _empty_step,
     _step,
-    _step_fake,
 )

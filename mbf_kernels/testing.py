@@ -88,9 +88,7 @@ def assert_below(value: Tensor, bound: Tensor | float, what: str = "error") -> N
     """Every value is finite and at most its bound."""
     value, bound = torch.as_tensor(value), torch.as_tensor(bound)
     good = value.isfinite() & (value <= bound)
-    assert bool(good.all()), (
-        f"{what}: {value[~good].flatten()[:4].tolist()} of {value.max()} above {bound.max()}"
-    )
+    assert bool(good.all()), f"{what}: {value[~good].flatten()[:4].tolist()} of {value.max()} above {bound.max()}"
 
 
 def assert_factors(a: Tensor, lower: Tensor, dtype: torch.dtype) -> None:

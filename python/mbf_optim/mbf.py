@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -11,7 +10,6 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from mbf_kernels import SymmetricBlocks, accumulate_
-from mbf_kernels.blocks import storage_shape, triangle_size
 
 from .diagonal import diagonal_step_
 from .layers import Layer, layers_of
@@ -176,7 +174,7 @@ class MBF(Optimizer):
                 state["fisher_weight"] = 1.0
 
     def report(self) -> Report:
-        """A row for every tensor (a joined bias in its weight's): structure, matrices, bytes of state, skipped blocks."""
+        """A row for every tensor (a joined bias in its weight's): structure, matrices, state bytes, skipped blocks."""
         return Report(self._row(layer) for _, layers in self._layers() for layer in layers)
 
     def state_dict(self) -> dict:
@@ -270,8 +268,8 @@ class MBF(Optimizer):
         vectors = 2 if not layer.blocks or any(blocks.shared for blocks in layer.blocks) else 1
         size = sum(vectors * param.numel() * param.element_size() for param in params)
         for blocks in layer.blocks:
-            factors = 1 + ("factor" + blocks.suffix in state)
-            size += factors * math.prod(storage_shape(blocks.count, blocks.size)) * layer.weight.element_size()
+            matrices = SymmetricBlocks.zeros(blocks.count, blocks.size, layer.weight.dtype, device="meta")
+            size += matrices.nbytes * (1 + ("factor" + blocks.suffix in state))
         return Row(
             name=layer.name + (" + bias" if layer.bias is not None else ""),
             shape=tuple(layer.weight.shape),
@@ -289,7 +287,7 @@ class MBF(Optimizer):
             for layer in layers:
                 state = saved.get(index.get(id(layer.weight)), {})
                 for blocks in layer.blocks if state else ():
-                    expected = [blocks.count, triangle_size(blocks.size)]
+                    expected = [blocks.count, blocks.size * (blocks.size + 1) // 2]
                     found = state.get("fisher" + blocks.suffix)
                     if found is None or list(found.shape) != expected:
                         got = "none" if found is None else list(found.shape)

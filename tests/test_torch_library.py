@@ -1,0 +1,111 @@
+"""The ops as citizens of torch: opcheck, torch.compile without graph breaks, declared mutation."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mbf_kernels import SymmetricBlocks, accumulate_, accumulate_factor_solve_, factor, mbf_step_, solve
+from mbf_kernels.testing import assert_bitwise, randn, spd_blocks
+
+OPS = {"accumulate_", "factor", "solve", "accumulate_factor_solve_", "mbf_step_"}
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every call of this library's ops, with copies of the arguments as they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mbf_kernels":
+            copies = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs or {}))
+            self.calls.append((func, *copies))
+        return func(*args, **(kwargs or {}))
+
+
+def use_everything(f, factors, g, rhs, w, m, skipped):
+    """Every public function once."""
+    accumulate_(f, g, decay=0.9)
+    accumulate_(f, torch.stack([g, rhs]), decay=0.9)
+    lower, info = factor(f, damping=0.1, relative=True)
+    x = solve(lower, rhs)
+    wide = solve(lower, torch.stack([rhs, g], dim=-1))
+    y, _ = accumulate_factor_solve_(f, g, rhs, decay=0.9, damping=0.1)
+    step = dict(lr=0.1, momentum=0.9, decay=0.9, damping=0.1, factors=[factors], skipped=[skipped])
+    infos = mbf_step_([w], [g], [m], [f], **step)
+    infos += mbf_step_([w], [g], [m], [f], **step, graft="adam", nesterov=True, update=False, refactor=False)
+    return x + y, wide, info, *infos
+
+
+def arguments(size, dtype=torch.float64, count=37):
+    f = SymmetricBlocks.from_dense(spd_blocks("well", count, size, dtype))
+    factors = SymmetricBlocks.zeros(count, size, dtype)
+    g, rhs, w, m = (randn(count, size, dtype=dtype, seed=s) for s in range(4))
+    return f, factors, g, rhs, w, m, torch.tensor(0)
+
+
+@pytest.mark.parametrize("size", [9, 22, 129])
+@pytest.mark.parametrize("count", [37, 0])
+def test_opcheck(backend, size, count):
+    """Schema, mutation, fake kernels and traceability of every op, on arguments it really gets."""
+    with Recorder() as recorder:
+        use_everything(*arguments(size, count=count))
+    assert {func._opname for func, _, _ in recorder.calls} == OPS
+    for func, args, kwargs in recorder.calls:
+        torch.library.opcheck(func, args, kwargs)
+
+
+@pytest.mark.parametrize("size", [9, 22])
+def test_compile_without_graph_breaks(native, size):
+    """The same bits as eager execution, in results and in everything changed in place."""
+    torch.compiler.reset()
+    eager, compiled = arguments(size), arguments(size)
+    expected = use_everything(*eager)
+    actual = torch.compile(use_everything, fullgraph=True, backend="aot_eager")(*compiled)
+    for a, e in zip((*actual, *compiled), (*expected, *eager), strict=True):
+        assert_same(*(t.data if isinstance(t, SymmetricBlocks) else t for t in (a, e)))
+
+
+def test_compile_with_inductor(native):
+    def fused(f, g, rhs):
+        return accumulate_factor_solve_(f, g, rhs, decay=0.9, damping=0.1)
+
+    torch.compiler.reset()
+    (f, _, g, rhs, *_), (f2, *_) = arguments(9), arguments(9)
+    x, info = torch.compile(fused, fullgraph=True)(f, g, rhs)
+    x2, info2 = fused(f2, g, rhs)
+    for a, b in ((x, x2), (info, info2), (f.data, f2.data)):
+        assert_same(a, b)
+
+
+def assert_same(a, b):
+    assert_bitwise(a, b) if a.is_floating_point() else torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_in_place_ops_count_as_changes():
+    """autograd sees that a tensor it saved was changed."""
+    f, factors, g, rhs, w, m, skipped = arguments(9)
+    changed = {"F": f.data, "w": w, "m": m, "factors": factors.data, "skipped": skipped}
+    before = {name: t._version for name, t in changed.items()}
+    read = g._version
+    mbf_step_([w], [g], [m], [f], lr=0.1, momentum=0.9, decay=0.9, damping=0.1, factors=[factors], skipped=[skipped])
+    assert all(t._version > before[name] for name, t in changed.items()) and g._version == read
+    version = f.data._version
+    accumulate_(f, g, decay=0.9)
+    assert f.data._version > version
+    version = f.data._version
+    accumulate_factor_solve_(f, g, rhs, decay=0.9, damping=0.1)
+    assert f.data._version > version
+
+
+def test_fake_tensors_carry_shapes():
+    """On the meta device every op gives shapes, dtypes and devices, and computes nothing."""
+    f = SymmetricBlocks.zeros(37, 9, torch.float64, "meta")
+    g = torch.empty(37, 9, dtype=torch.float64, device="meta")
+    accumulate_(f, g, decay=0.9)
+    lower, info = factor(f, damping=0.1)
+    x, _ = accumulate_factor_solve_(f, g, g, decay=0.9, damping=0.1)
+    (status,) = mbf_step_([g], [g.clone()], [g.clone()], [f], lr=0.1, momentum=0.9, decay=0.9, damping=0.1)
+    assert {t.device.type for t in (lower.data, info, x, status, solve(lower, g))} == {"meta"}
+    assert info.shape == status.shape == (37,) and x.shape == g.shape == solve(lower, g).shape
