@@ -6,7 +6,6 @@ written, g, M and W) against Adam's 28.
 
 import pytest
 import torch
-
 from mbf_optim import MBF
 
 SHAPES = [(64, 64)] * 4 + [(128, 128)] * 4 + [(256, 256)] * 4 + [(512, 512)] * 3 + [(512, 256), (256, 128), (128, 64)]

@@ -148,10 +148,11 @@ def _factored(
         damp = torch.where(trace > 0, damping * trace / dense.shape[1], zero_block_lambda)
     else:
         damp = dense.new_full(dense.shape[:1], damping)
-    lower, info = torch.linalg.cholesky_ex(dense + torch.diag_embed(damp[:, None].expand(dense.shape[:2])))
+    lower, lapack = torch.linalg.cholesky_ex(dense + torch.diag_embed(damp[:, None].expand(dense.shape[:2])))
     diagonal = lower.diagonal(dim1=1, dim2=2)
-    # LAPACK lets an infinite pivot pass
-    info = torch.where(info != 0, info, _first_bad(diagonal.isfinite() & (diagonal > 0)))
+    # LAPACK lets an infinite pivot pass and may stop at a later one
+    info = _first_bad(diagonal.isfinite() & (diagonal > 0))
+    info = torch.where((lapack != 0) & ((info == 0) | (lapack < info)), lapack, info)
     return torch.where((info == 0)[:, None, None], lower, 0), info
 
 
