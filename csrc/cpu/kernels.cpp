@@ -41,8 +41,13 @@ public:
         }
         for (int64_t b = first; b < last; b += W) {
             const Group group{b, static_cast<int>(last - b < W ? last - b : W)};
-            next = is_tiled(n()) ? reinterpret_cast<const char*>(fisher + block_offset(n(), b / kTileBlocks * kTileBlocks + kTileBlocks)) + b % kTileBlocks * triangle_size(n()) * sizeof(S) : reinterpret_cast<const char*>(s.f);
-            nb = b + kAhead < last ? b + kAhead : first;
+            if (is_tiled(n()) && b + kAhead + W < last && op==Op::kStep) {
+                const S* next = fisher + block_offset(n(), (b+kAhead) / kTileBlocks * kTileBlocks) + b % kTileBlocks * triangle_size(n());
+                for (int t = 0; t < triangle_size(n()); ++t) __builtin_prefetch(next + t * W);
+                grad.prefetch(b + kAhead);
+                rhs.prefetch(b + kAhead);
+                out.prefetch(b + kAhead);
+            }
             switch (op) {
                 case Op::kAccumulate: accumulate_group(group); break;
                 case Op::kFactor: factor_group(group); break;
@@ -54,8 +59,6 @@ public:
     }
 
 private:
-    mutable const char* next; mutable int64_t nb;
-    void pf(int c) const { if (is_tiled(n())) { for (int i = 0; i < c; ++i) __builtin_prefetch(next + 64 * i); next += 64 * c; } }
     int n() const { return size_of<N>(n_); }
 
     void accumulate_group(Group group) const {
@@ -91,24 +94,15 @@ private:
 
     void step_group(Group group) const {
         grad.load(s.g, group);
-        pf(P1);
         rhs.load(s.m, group);
-        pf(P2);
         form_direction();
         if (q.update || q.refactor || q.graft) load_triangle<N>(s.f, fisher, n(), group);
-        pf(P3);
         if (q.update) accumulate_gradient();
-        pf(P4);
         if (q.refactor) factor_damped(1);
         else load_factor(group);
-        if(PV) grad.prefetch(nb);
-        pf(P5);
         const V info = solve_checked();
-        if(PV) rhs.prefetch(nb);
         out.load(s.w, group);
-        pf(P6);
         move_weights();
-        if(PV) out.prefetch(nb);
 
         if (q.update) store_triangle<N>(s.f, fisher, n(), group, info);
         if (q.refactor && stored) store_triangle<N>(s.a, stored, n(), group, info);

@@ -122,6 +122,6 @@ inline bool any(Mask mask) {
 }  // namespace
 }  // namespace mbf
 
-#define MBF_FN inline __attribute__((always_inline))
+#define MBF_FN inline
 #define MBF_RESTRICT __restrict
 #define MBF_UNROLL _Pragma("GCC unroll 20")

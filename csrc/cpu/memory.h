@@ -20,7 +20,7 @@ struct Group {
 // W x W transpose in registers: log2(W) rounds, each swapping halves of shrinking pairs of rows. Rounds whose
 // results the caller drops are dropped by the compiler.
 template <class S>
-MBF_FN void transpose(Lanes<S> (&m)[LanesOf<S>::kCount]) {
+inline void transpose(Lanes<S> (&m)[LanesOf<S>::kCount]) {
     using V = Lanes<S>;
     constexpr int W = LanesOf<S>::kCount;
     using Index = decltype(V{} < V{});
@@ -44,7 +44,7 @@ MBF_FN void transpose(Lanes<S> (&m)[LanesOf<S>::kCount]) {
 
 // v[k][l] <- rows[l][k] for k < length.
 template <class S>
-MBF_FN void gather_rows(Lanes<S>* v, const S* const* rows, int length) {
+inline __attribute__((always_inline)) void gather_rows(Lanes<S>* v, const S* const* rows, int length) {
     using V = Lanes<S>;
     constexpr int W = LanesOf<S>::kCount;
     for (int k = 0; k < length; k += W) {
@@ -61,7 +61,7 @@ MBF_FN void gather_rows(Lanes<S>* v, const S* const* rows, int length) {
 
 // rows[l][k] <- v[k][l] for k < length and those l < active where keep[l] is zero.
 template <class S>
-MBF_FN void scatter_rows(const Lanes<S>* v, S* const* rows, int length,
+inline __attribute__((always_inline)) void scatter_rows(const Lanes<S>* v, S* const* rows, int length,
                                                         int active, Lanes<S> keep) {
     using V = Lanes<S>;
     constexpr int W = LanesOf<S>::kCount;
@@ -83,48 +83,41 @@ MBF_FN void scatter_rows(const Lanes<S>* v, S* const* rows, int length,
     }
 }
 
-// The same for W blocks of n scalars that follow each other. Each row moves as a whole vector that overruns into
-// the next ones, which costs less than a partial access; the last rows, whose vector would leave the run, do not.
+// The same for W blocks of n scalars that follow each other: whole vectors to and from memory, whose partial
+// accesses are slow, and rows to and from a buffer.
 template <int N, class S>
-MBF_FN void gather_run(Lanes<S>* v, const S* run, int n_) {
+inline __attribute__((always_inline)) void gather_run(Lanes<S>* v, const S* run, int n_) {
     using V = Lanes<S>;
     constexpr int W = LanesOf<S>::kCount;
     const int n = size_of<N>(n_);
-    MBF_UNROLL
+    S buffer[(N + 1) * W];
+    for (int k = 0; k < n; ++k) store(buffer + k * W, load<V>(run + k * W));
     for (int k = 0; k < n; k += W) {
-        const int width = n - k < W ? n - k : W;
         V m[W];
-        MBF_UNROLL
-        for (int l = 0; l < W; ++l) {
-            const S* row = run + l * n + k;
-            m[l] = l * n + k + W <= n * W ? load<V>(row) : load_part<V>(row, width);
-        }
+#pragma GCC unroll 16
+        for (int l = 0; l < W; ++l) m[l] = load<V>(buffer + l * n + k);
         transpose<S>(m);
-        MBF_UNROLL
-        for (int r = 0; r < width; ++r) v[k + r] = m[r];
+#pragma GCC unroll 16
+        for (int r = 0; r < W; ++r)
+            if (k + r < n) v[k + r] = m[r];
     }
 }
 
 template <int N, class S>
-MBF_FN void scatter_run(const Lanes<S>* v, S* run, int n_) {
+inline __attribute__((always_inline)) void scatter_run(const Lanes<S>* v, S* run, int n_) {
     using V = Lanes<S>;
     constexpr int W = LanesOf<S>::kCount;
     const int n = size_of<N>(n_);
-    // Backwards over columns and forwards over rows: what a row's last columns overrun is written later.
-    MBF_UNROLL
-    for (int k = (n - 1) / W * W; k >= 0; k -= W) {
-        const int width = n - k < W ? n - k : W;
+    S buffer[(N + 1) * W];
+    for (int k = (n - 1) / W * W; k >= 0; k -= W) {  // backwards: the last columns overrun into the next row's first
         V m[W];
-        MBF_UNROLL
-        for (int r = 0; r < W; ++r) m[r] = r < width ? v[k + r] : V{};
+#pragma GCC unroll 16
+        for (int r = 0; r < W; ++r) m[r] = k + r < n ? v[k + r] : V{};
         transpose<S>(m);
-        MBF_UNROLL
-        for (int l = 0; l < W; ++l) {
-            S* row = run + l * n + k;
-            if (l * n + k + W <= n * W) store(row, m[l]);
-            else store_part(row, m[l], width);
-        }
+#pragma GCC unroll 16
+        for (int l = 0; l < W; ++l) store(buffer + l * n + k, m[l]);
     }
+    for (int k = 0; k < n; ++k) store(run + k * W, load<V>(buffer + k * W));
 }
 
 template <class S>
