@@ -17,7 +17,7 @@ from .blocks import SymmetricBlocks
 from .options import StepOptions
 
 try:
-    from . import _C
+    import mbf_kernels._C as _C
 except ImportError as error:
     _C = None
     UNAVAILABLE = f"the native kernels are not built ({error})"
