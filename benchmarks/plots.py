@@ -28,13 +28,20 @@ def plot(problem: Problem, runs: list[dict], file: Path) -> None:
         panels[0].set_yscale("log")
         panels[0].yaxis.set_major_formatter(LogFormatter())  # 200 rather than 2 x 10^2
         panels[0].yaxis.set_minor_formatter(LogFormatter())
-    start = [run["history"][0]["train_loss"] for run in drawn]
-    panels[0].set_ylim(top=1.1 * max(start, default=1.0))  # an exploding run must not squeeze the others
+    panels[0].set_ylim(top=1.1 * ceiling(problem, drawn))
     panels[0].set_ylabel(f"loss, {problem.unit}")
     panels[0].legend(title="solid: training, dashed: test")
     figure.suptitle(problem.title)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
+
+
+def ceiling(problem: Problem, runs: list[dict]) -> float:
+    """The largest loss to draw: the fresh model's, so that an exploding run does not squeeze the others; on a linear
+    axis the largest one after an epoch where that is less, so that the first drop does not."""
+    fresh = max((run["history"][0]["train_loss"] for run in runs), default=1.0)
+    later = [run["history"][1]["test_loss"] for run in runs if len(run["history"]) > 1]
+    return fresh if problem.log else min(fresh, max(filter(math.isfinite, later), default=fresh))
 
 
 def draw(panel: pyplot.Axes, run: dict, axis: str) -> None:

@@ -47,10 +47,16 @@ class Problem:
         for rows in order[: self.steps * self.batch].split(self.batch):
             yield inputs[rows.to(inputs.device)], targets[rows.to(inputs.device)]
 
+    def probed(self, split: str) -> Pair:
+        """The samples that are evaluated."""
+        inputs, targets = getattr(self, split)
+        stride = -(-len(inputs) // self.probe)
+        return inputs[::stride], targets[::stride]
+
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """Loss (and accuracy) over the split, or over `probe` evenly spaced samples where it is larger."""
-        inputs, targets = (data[:: -(-len(data) // self.probe)] for data in getattr(self, split))
+        inputs, targets = self.probed(split)
         model.eval()
         loss = correct = 0.0
         for x, y in zip(inputs.split(self.batch), targets.split(self.batch), strict=True):

@@ -7,8 +7,16 @@ COLUMNS = ("lr", "damping", "train loss", "test loss", "test acc.", "seconds", "
 
 
 def table(problem: Problem, runs: list[dict], epochs: int) -> str:
-    title = f"{problem.title}: {epochs} epochs of {problem.steps} steps, loss in {problem.unit}"
-    return "\n".join([title, line("optimizer", COLUMNS), *map(row, runs)])
+    title = f"{problem.title}: {epochs} epochs of {problem.steps} steps"
+    losses = f"losses in {problem.unit}, means over {sampled(problem, 'train')} and {sampled(problem, 'test')}"
+    return "\n".join([title, losses, line("optimizer", COLUMNS), *map(row, runs)])
+
+
+def sampled(problem: Problem, split: str) -> str:
+    """What is evaluated of a split: "all 500 test samples" or "5,000 of 10,000 test samples"."""
+    probed, samples = len(problem.probed(split)[0]), len(getattr(problem, split)[0])
+    share = f"all {samples:,}" if probed == samples else f"{probed:,} of {samples:,}"
+    return f"{share} {split} samples"
 
 
 def row(run: dict) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mbf_kernels import SymmetricBlocks, accumulate_, factor, solve
 
-from .tasks import Task
+from .tasks import FRESH_SIZE, Task
 
 
 def shared_step_(tasks: list[Task], group: dict) -> None:
@@ -52,41 +52,58 @@ def _move(task: Task, lower: SymmetricBlocks, group: dict) -> None:
     """
     lr, mu = float(group["lr"]), group["momentum"]
     g = task.flat("grad")
-    m = mu * task.flat("momentum") + g
-    d = mu * m + g if group["nesterov"] else m
-    p = solve(lower, d.permute(1, 2, 0)).permute(2, 0, 1)
-    good = g.isfinite().all(2) & p.isfinite().all(2) & (lower.diagonal() > 0).all(1)
+    m = torch.add(g, task.flat("momentum"), alpha=mu)
+    d = torch.add(g, m, alpha=mu) if group["nesterov"] else m
+    p = _directions(lower, d, unit_scale=bool(group["graft"]))
     moved = {"momentum": m}
-    rate = lr
     if group["graft"]:
-        v, u = _adam(task, g, d, group)
-        rate = lr * _length_ratio(u, p)
-        moved["second_moment"] = v
-    moved["weight"] = (1 - lr * group["weight_decay"]) * task.flat("weight") - rate * p
+        moved["second_moment"], u_length = _adam(task, g, d, group)
+        p_length = torch.linalg.vector_norm(p, dim=2, keepdim=True)
+        finite = (u_length + p_length).isfinite()
+        rate = lr * torch.where(p_length > 0, u_length / p_length, 0)
+    else:
+        finite = p.sum(2, keepdim=True).isfinite()
+        rate = p.new_full((), lr)
+    moved["weight"] = torch.addcmul((1 - lr * group["weight_decay"]) * task.flat("weight"), rate, p, value=-1)
+
+    good = finite & (lower.diagonal() > 0).all(1, keepdim=True)  # [S, R, 1]
     for name, new in moved.items():
-        view = task.view(name)
-        view.copy_(torch.where(good[..., None], new, task.flat(name)).reshape(view.shape))
+        _write(task, name, new, good)
     task.state["skipped"] += (~good).sum()
 
 
-def _adam(task: Task, g: Tensor, d: Tensor, group: dict) -> tuple[Tensor, Tensor]:
-    """v <- beta_2 v + (1 - beta_2) g^2, and the step u = mhat / (sqrt(vhat) + eps)."""
-    t, mu, beta = task.state["step"], group["momentum"], group["diagonal_decay"]
-    v = beta * task.flat("second_moment") + (1 - beta) * g.square()
-    mean = (1 - mu) / (1 - mu**t) * d
-    return v, mean / ((v / (1 - beta**t)).sqrt() + group["eps"])
-
-
-def _length_ratio(
-    u: Tensor,  # [S, R, n]
-    p: Tensor,  # [S, R, n]
+def _directions(
+    lower: SymmetricBlocks,  # R factors
+    d: Tensor,  # [S, R, n]
+    unit_scale: bool,  # only the direction counts: scale P so that no length leaves the range of the dtype
 ) -> Tensor:
-    """|u| / |p| of every mini-block, [S, R, 1]; 0 where p = 0. |p| is formed relative to its largest entry, whose
-    square may leave the range of the dtype."""
-    peak = p.abs().amax(2, keepdim=True)
-    unit = 1 / peak.clamp_min(1e-30)
-    length = torch.linalg.vector_norm(unit * p, dim=2, keepdim=True)
-    return torch.where(peak > 0, unit * torch.linalg.vector_norm(u, dim=2, keepdim=True) / length, 0)
+    """P = (L L^T)^-1 D for every mini-block, [S, R, n]."""
+    if lower.size > FRESH_SIZE:
+        p = solve(lower, d.permute(1, 2, 0)).permute(2, 0, 1)
+        return p / p.abs().amax((0, 2), keepdim=True).clamp_min(1e-30) if unit_scale else p
+    # R small inverses, in double so that they cost no accuracy; then one matrix product serves all S.
+    identity = torch.eye(lower.size, dtype=torch.float64, device=d.device)
+    inverse = solve(lower.to(dtype=torch.float64), identity.expand(lower.count, -1, -1)).to(d.dtype)
+    if unit_scale:
+        inverse = inverse / inverse.abs().amax((1, 2), keepdim=True).clamp_min(1e-30)
+    return torch.bmm(d.transpose(0, 1), inverse).transpose(0, 1)
+
+
+def _adam(task: Task, g: Tensor, d: Tensor, group: dict) -> tuple[Tensor, Tensor]:
+    """v <- beta_2 v + (1 - beta_2) g^2, and |u| of every mini-block [S, R, 1] for u = mhat / (sqrt(vhat) + eps)."""
+    t, mu, beta = task.state["step"], group["momentum"], group["diagonal_decay"]
+    v = torch.addcmul(beta * task.flat("second_moment"), g, g, value=1 - beta)
+    u = (v / (1 - beta**t)).sqrt_().add_(group["eps"])
+    torch.div(d, u, out=u)
+    return v, (1 - mu) / (1 - mu**t) * torch.linalg.vector_norm(u, dim=2, keepdim=True)
+
+
+def _write(task: Task, name: str, new: Tensor, good: Tensor) -> None:
+    """Writes the good mini-blocks. On a CPU, where it costs no wait, the common case needs no selection."""
+    view = task.view(name)
+    if not (good.device.type == "cpu" and bool(good.all())):
+        new = torch.where(good, new, task.flat(name))
+    view.copy_(new.reshape(view.shape))
 
 
 def _with_unit_scale(fishers: SymmetricBlocks) -> SymmetricBlocks:
