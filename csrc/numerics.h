@@ -4,8 +4,8 @@
 // mini-blocks side by side on a CPU core). S is its scalar. N is the block size when it is compiled in,
 // 0 when it is only known at run time (then the argument n holds it). Triangles are packed row-major.
 //
-// The includer defines first: MBF_FN (function qualifiers), MBF_UNROLL (unrolls the next loop) and
-// `V square_root(V)`. Differences are written d - a*b for the compiler to contract into fused
+// The includer defines first: MBF_FN (function qualifiers), MBF_UNROLL (unrolls the next loop), `V square_root(V)`
+// and `V select(mask, V yes, V no)`. Differences are written d - a*b for the compiler to contract into fused
 // multiply-adds; every sum runs in index order, so a result depends on neither the lane, the number of
 // lanes nor the tile shape.
 //
@@ -25,8 +25,8 @@ MBF_FN constexpr int row(int i) { return i * (i + 1) / 2; }
 // info, or k where it was good and `good` is false.
 template <class V, class Mask>
 MBF_FN V flag(V info, Mask good, int k) {
-    const V bad = good ? V{} : V{} + static_cast<float>(k);
-    return info == V{} ? bad : info;
+    const V bad = select(good, V{}, V{} + static_cast<float>(k));
+    return select(info == V{}, bad, info);
 }
 
 // info, or the first k for which x_k is not finite.
@@ -72,10 +72,8 @@ MBF_FN V poison_of_pivots(const V* l, const V* inverse, int n_) {
 template <int N, class V, class S>
 MBF_FN void accumulate(V* MBF_RESTRICT f, const V* MBF_RESTRICT g, S decay, S weight, int n_) {
     const int n = size_of<N>(n_);
-    MBF_UNROLL
     for (int i = 0; i < n; ++i) {
         const V u = weight * g[i];
-        MBF_UNROLL
         for (int j = 0; j <= i; ++j) f[row(i) + j] = decay * f[row(i) + j] + u * g[j];
     }
 }
@@ -99,33 +97,22 @@ MBF_FN V trace(const V* f, int n_) {
     return sum;
 }
 
-// A <- F + lambda I
-template <int N, class V>
-MBF_FN void damp(V* MBF_RESTRICT a, const V* MBF_RESTRICT f, V lambda, int n_) {
-    const int n = size_of<N>(n_);
-    MBF_UNROLL
-    for (int i = 0; i < n; ++i) {
-        MBF_UNROLL
-        for (int j = 0; j < i; ++j) a[row(i) + j] = f[row(i) + j];
-        a[row(i) + i] = f[row(i) + i] + lambda;
-    }
-}
-
 // Rows j0 .. j0+C of columns j0 .. j0+C of the factor, and the inverses of its diagonal.
 template <int C, class V>
-MBF_FN void factor_diagonal_tile(V* MBF_RESTRICT a, V* MBF_RESTRICT inverse, int j0) {
+MBF_FN void factor_diagonal_tile(V* MBF_RESTRICT l, V* MBF_RESTRICT inverse, const V* MBF_RESTRICT f, V lambda,
+                                 int j0) {
     V acc[C][C];
     MBF_UNROLL
     for (int r = 0; r < C; ++r) {
         MBF_UNROLL
-        for (int c = 0; c <= r; ++c) acc[r][c] = a[row(j0 + r) + j0 + c];
+        for (int c = 0; c <= r; ++c) acc[r][c] = f[row(j0 + r) + j0 + c];
+        acc[r][r] = acc[r][r] + lambda;
     }
-    MBF_UNROLL
     for (int k = 0; k < j0; ++k) {
         MBF_UNROLL
         for (int r = 0; r < C; ++r) {
             MBF_UNROLL
-            for (int c = 0; c <= r; ++c) acc[r][c] = acc[r][c] - a[row(j0 + r) + k] * a[row(j0 + c) + k];
+            for (int c = 0; c <= r; ++c) acc[r][c] = acc[r][c] - l[row(j0 + r) + k] * l[row(j0 + c) + k];
         }
     }
     MBF_UNROLL
@@ -142,25 +129,24 @@ MBF_FN void factor_diagonal_tile(V* MBF_RESTRICT a, V* MBF_RESTRICT inverse, int
     MBF_UNROLL
     for (int r = 0; r < C; ++r) {
         MBF_UNROLL
-        for (int c = 0; c <= r; ++c) a[row(j0 + r) + j0 + c] = acc[r][c];
+        for (int c = 0; c <= r; ++c) l[row(j0 + r) + j0 + c] = acc[r][c];
     }
 }
 
 // Rows i0 .. i0+R (below the diagonal tile) of columns j0 .. j0+C of the factor.
 template <int R, int C, class V>
-MBF_FN void factor_tile(V* MBF_RESTRICT a, const V* MBF_RESTRICT inverse, int i0, int j0) {
+MBF_FN void factor_tile(V* MBF_RESTRICT l, const V* MBF_RESTRICT inverse, const V* MBF_RESTRICT f, int i0, int j0) {
     V acc[R][C];
     MBF_UNROLL
     for (int r = 0; r < R; ++r) {
         MBF_UNROLL
-        for (int c = 0; c < C; ++c) acc[r][c] = a[row(i0 + r) + j0 + c];
+        for (int c = 0; c < C; ++c) acc[r][c] = f[row(i0 + r) + j0 + c];
     }
-    MBF_UNROLL
     for (int k = 0; k < j0; ++k) {
         MBF_UNROLL
         for (int r = 0; r < R; ++r) {
             MBF_UNROLL
-            for (int c = 0; c < C; ++c) acc[r][c] = acc[r][c] - a[row(i0 + r) + k] * a[row(j0 + c) + k];
+            for (int c = 0; c < C; ++c) acc[r][c] = acc[r][c] - l[row(i0 + r) + k] * l[row(j0 + c) + k];
         }
     }
     MBF_UNROLL
@@ -169,36 +155,32 @@ MBF_FN void factor_tile(V* MBF_RESTRICT a, const V* MBF_RESTRICT inverse, int i0
         for (int r = 0; r < R; ++r) {
             acc[r][c] = acc[r][c] * inverse[j0 + c];
             MBF_UNROLL
-            for (int p = c + 1; p < C; ++p) acc[r][p] = acc[r][p] - acc[r][c] * a[row(j0 + p) + j0 + c];
+            for (int p = c + 1; p < C; ++p) acc[r][p] = acc[r][p] - acc[r][c] * l[row(j0 + p) + j0 + c];
         }
     }
     MBF_UNROLL
     for (int r = 0; r < R; ++r) {
         MBF_UNROLL
-        for (int c = 0; c < C; ++c) a[row(i0 + r) + j0 + c] = acc[r][c];
+        for (int c = 0; c < C; ++c) l[row(i0 + r) + j0 + c] = acc[r][c];
     }
 }
 
 // Columns j0 .. j0+C of the factor, in tiles of R rows and then single rows.
 template <int R, int C, class V>
-MBF_FN void factor_columns(V* MBF_RESTRICT a, V* MBF_RESTRICT inverse, int j0, int n) {
-    factor_diagonal_tile<C>(a, inverse, j0);
+MBF_FN void factor_columns(V* MBF_RESTRICT l, V* MBF_RESTRICT inverse, const V* MBF_RESTRICT f, V lambda, int j0, int n) {
+    factor_diagonal_tile<C>(l, inverse, f, lambda, j0);
     int i = j0 + C;
-    MBF_UNROLL
-    for (; i + R <= n; i += R) factor_tile<R, C>(a, inverse, i, j0);
-    MBF_UNROLL
-    for (; i < n; ++i) factor_tile<1, C>(a, inverse, i, j0);
+    for (; i + R <= n; i += R) factor_tile<R, C>(l, inverse, f, i, j0);
+    for (; i < n; ++i) factor_tile<1, C>(l, inverse, f, i, j0);
 }
 
-// A <- L with A = L L^T (Cholesky, left-looking, R x R tiles), inverse <- 1 / diag(L).
+// L with L L^T = F + lambda I (Cholesky, left-looking, in R x R tiles), inverse <- 1 / diag(L).
 template <int N, int R, class V>
-MBF_FN void factor(V* MBF_RESTRICT a, V* MBF_RESTRICT inverse, int n_) {
+MBF_FN void factor(V* MBF_RESTRICT l, V* MBF_RESTRICT inverse, const V* MBF_RESTRICT f, V lambda, int n_) {
     const int n = size_of<N>(n_);
     int j = 0;
-    MBF_UNROLL
-    for (; j + R <= n; j += R) factor_columns<R, R>(a, inverse, j, n);
-    MBF_UNROLL
-    for (; j < n; ++j) factor_columns<R, 1>(a, inverse, j, n);
+    for (; j + R <= n; j += R) factor_columns<R, R>(l, inverse, f, lambda, j, n);
+    for (; j < n; ++j) factor_columns<R, 1>(l, inverse, f, lambda, j, n);
 }
 
 // inverse <- 1 / diag(L). A failed factor is zero: its inverse is infinite and shows in poison_of_pivots.
@@ -213,16 +195,12 @@ MBF_FN void invert_diagonal(const V* l, V* inverse, int n_) {
 template <int N, class E, class V>
 MBF_FN void solve(const E* MBF_RESTRICT l, const E* MBF_RESTRICT inverse, V* MBF_RESTRICT x, int n_) {
     const int n = size_of<N>(n_);
-    MBF_UNROLL
     for (int k = 0; k < n; ++k) {
         x[k] = x[k] * inverse[k];
-        MBF_UNROLL
         for (int i = k + 1; i < n; ++i) x[i] = x[i] - l[row(i) + k] * x[k];
     }
-    MBF_UNROLL
     for (int k = n - 1; k >= 0; --k) {
         x[k] = x[k] * inverse[k];
-        MBF_UNROLL
         for (int i = 0; i < k; ++i) x[i] = x[i] - l[row(k) + i] * x[k];
     }
 }
@@ -236,13 +214,13 @@ MBF_FN V graft_scale(const V* f, const V* d, const V* p, S momentum_scale, S fis
     V adam{};
     MBF_UNROLL
     for (int k = 0; k < n; ++k) {
-        const V magnitude = p[k] < V{} ? -p[k] : p[k];
-        peak = magnitude > peak ? magnitude : peak;
+        const V magnitude = select(p[k] < V{}, -p[k], p[k]);
+        peak = select(magnitude > peak, magnitude, peak);
         const V u = momentum_scale * d[k] / (square_root(fisher_scale * f[row(k) + k]) + eps);
         adam = adam + u * u;
     }
     const V floor = V{} + static_cast<S>(1e-30);
-    const V unit = 1 / (peak > floor ? peak : floor);
+    const V unit = 1 / select(peak > floor, peak, floor);
     V length{};
     MBF_UNROLL
     for (int k = 0; k < n; ++k) {
@@ -250,7 +228,7 @@ MBF_FN V graft_scale(const V* f, const V* d, const V* p, S momentum_scale, S fis
         length = length + q * q;
     }
     const V scale = unit * square_root(adam) / square_root(length);
-    return peak > V{} ? scale : V{};
+    return select(peak > V{}, scale, V{});
 }
 
 }  // namespace

@@ -68,11 +68,11 @@ int64_t blocks_per_unit(Op op, DType dtype, int n, const Parameters& parameters)
     return is_tiled(n) ? kTileBlocks : lanes;
 }
 
-// Two triangles and six vectors of lanes per thread, kept between launches.
+// Kept between launches.
 void* thread_scratch(int n) {
     constexpr size_t kAlignment = 64;
     static thread_local std::vector<char> buffer;
-    const size_t bytes = kAlignment * (2 * triangle_size(n) + 6 * n + 1);
+    const size_t bytes = scratch_bytes(n) + kAlignment;
     if (buffer.size() < bytes) buffer.resize(bytes);
     const uintptr_t address = reinterpret_cast<uintptr_t>(buffer.data());
     return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);

@@ -9,14 +9,8 @@ namespace mbf {
 namespace {
 
 using S = MBF_SCALAR;
-using V = Lanes<S>;
-constexpr int W = LanesOf<S>::kCount;
-#ifndef AHEAD
-#define AHEAD 64
-#endif
-constexpr int kAhead = AHEAD;
-
 // Per-thread arrays of one group, entry-major: entry t of all W blocks is one V.
+template <class V>
 struct Workspace {
     V *f, *a;              // F, and A = F + lambda I or its factor L
     V *inverse;            // 1 / diag(L)
@@ -29,25 +23,23 @@ struct Workspace {
 
 template <int N>
 class Kernels {
+    static constexpr int kParts = N > 0 ? 2 : 1;
+    static constexpr int W = kParts * RegisterOf<S>::kLanes;
+    static constexpr int kTile = N > 0 ? (kRegisters > 16 ? 3 : 2) : (kRegisters > 16 ? 4 : 3);
+    using V = Lanes<S, kParts>;
+
 public:
     Kernels(const Problem& problem, const Parameters& parameters, int n, void* scratch)
         : problem(problem), q(parameters), n_(n), s(scratch, n), fisher(static_cast<S*>(problem.fisher)),
           stored(static_cast<S*>(problem.factor)), grad(problem.grad, n), rhs(problem.rhs, n), out(problem.out, n) {}
 
     void run(Op op, int64_t first, int64_t last) const {
-        if (op == Op::kSolve && q.rhs_count >= W) {
+        if (op == Op::kSolve && q.rhs_count >= RegisterOf<S>::kLanes) {
             for (int64_t b = first; b < last; ++b) solve_many(b);
             return;
         }
         for (int64_t b = first; b < last; b += W) {
-            const Group group{b, static_cast<int>(last - b < W ? last - b : W)};
-            if (is_tiled(n()) && b + kAhead + W < last && op==Op::kStep) {
-                const S* next = fisher + block_offset(n(), (b+kAhead) / kTileBlocks * kTileBlocks) + b % kTileBlocks * triangle_size(n());
-                for (int t = 0; t < triangle_size(n()); ++t) __builtin_prefetch(next + t * W);
-                grad.prefetch(b + kAhead);
-                rhs.prefetch(b + kAhead);
-                out.prefetch(b + kAhead);
-            }
+            const Group group{b, static_cast<int>(last - b < W ? last - b : W), b + W < last ? b + W : b};
             switch (op) {
                 case Op::kAccumulate: accumulate_group(group); break;
                 case Op::kFactor: factor_group(group); break;
@@ -62,51 +54,71 @@ private:
     int n() const { return size_of<N>(n_); }
 
     void accumulate_group(Group group) const {
-        load_triangle<N>(s.f, fisher, n(), group);
+        load_triangle<N, S, kParts>(s.f, fisher, n(), group);
         grad.load(s.g, group);
         accumulate_gradient();
         const V bad = poison_of_diagonal<N>(s.f, n());
-        store_triangle<N>(s.f, fisher, n(), group, bad);
+        store_triangle<N, S, kParts>(s.f, fisher, n(), group, bad);
     }
 
     void factor_group(Group group) const {
-        load_triangle<N>(s.f, fisher, n(), group);
+        load_triangle<N, S, kParts>(s.f, fisher, n(), group);
         factor_damped(0);
         V info{};
         if (any(poison_of_pivots<N>(s.a, s.inverse, n()) != V{})) info = flag_pivots<N>(info, s.a, s.inverse, n());
         clear_bad(s.a, triangle_size(n()), info);
-        store_triangle<N>(s.a, stored, n(), group, V{});
+        store_triangle<N, S, kParts>(s.a, stored, n(), group, V{});
         report(info, group);
     }
 
     void fused_group(Group group) const {
-        load_triangle<N>(s.f, fisher, n(), group);
+        Ahead<N, S, kParts> ahead(fisher, grad, rhs, out, group.next);
+        load_triangle<N, S, kParts>(s.f, fisher, n(), group);
+        ahead.fetch_share();
         grad.load(s.g, group);
+        ahead.fetch_share();
         rhs.load(s.d, group);
+        ahead.fetch_share();
         accumulate_gradient();
+        ahead.fetch_share();
         factor_damped(0);
+        ahead.fetch_share();
         const V info = solve_checked();
+        ahead.fetch_share();
         clear_bad(s.x, n(), info);
-        store_triangle<N>(s.f, fisher, n(), group, info);
+        store_triangle<N, S, kParts>(s.f, fisher, n(), group, info);
+        ahead.fetch_share();
         out.store(s.x, group, V{});
+        ahead.fetch_share();
         report(info, group);
     }
 
     void step_group(Group group) const {
+        Ahead<N, S, kParts> ahead(fisher, grad, rhs, out, group.next);
         grad.load(s.g, group);
+        ahead.fetch_share();
         rhs.load(s.m, group);
+        ahead.fetch_share();
         form_direction();
-        if (q.update || q.refactor || q.graft) load_triangle<N>(s.f, fisher, n(), group);
+        if (q.update || q.refactor || q.graft) load_triangle<N, S, kParts>(s.f, fisher, n(), group);
+        ahead.fetch_share();
         if (q.update) accumulate_gradient();
+        ahead.fetch_share();
         if (q.refactor) factor_damped(1);
         else load_factor(group);
+        ahead.fetch_share();
         const V info = solve_checked();
+        ahead.fetch_share();
         out.load(s.w, group);
+        ahead.fetch_share();
         move_weights();
+        ahead.fetch_share();
 
-        if (q.update) store_triangle<N>(s.f, fisher, n(), group, info);
-        if (q.refactor && stored) store_triangle<N>(s.a, stored, n(), group, info);
+        if (q.update) store_triangle<N, S, kParts>(s.f, fisher, n(), group, info);
+        ahead.fetch_share();
+        if (q.refactor && stored) store_triangle<N, S, kParts>(s.a, stored, n(), group, info);
         rhs.store(s.m, group, info);
+        ahead.fetch_share();
         out.store(s.w, group, info);
         report(info, group);
     }
@@ -123,21 +135,24 @@ private:
         }
     }
 
-    // Lanes are right-hand sides of one block: W of them at once.
+    // Lanes are right-hand sides of one block: a register of them at once.
     void solve_many(int64_t block) const {
+        using R = Register<S>;
+        constexpr int kLanes = RegisterOf<S>::kLanes;
         S* l = reinterpret_cast<S*>(s.a);
         S* inverse = reinterpret_cast<S*>(s.inverse);
+        R* x = reinterpret_cast<R*>(s.x);
         const S* entries = stored + block_offset(n(), block);
         for (int t = 0; t < triangle_size(n()); ++t) l[t] = entries[t * entry_stride(n())];
         invert_diagonal<N>(l, inverse, n());
         const bool bad = poison_of_pivots<N>(l, inverse, n()) != 0;
         const S* from = rhs.block(block);
         S* to = out.block(block);
-        for (int64_t r = 0; r < q.rhs_count; r += W) {
-            const int width = static_cast<int>(q.rhs_count - r < W ? q.rhs_count - r : W);
-            for (int k = 0; k < n(); ++k) s.x[k] = load_part<V>(from + rhs.element(k) + r, width);
-            solve<N>(l, inverse, s.x, n());
-            for (int k = 0; k < n(); ++k) store_part(to + out.element(k) + r, bad ? V{} : s.x[k], width);
+        for (int64_t r = 0; r < q.rhs_count; r += kLanes) {
+            const int width = static_cast<int>(q.rhs_count - r < kLanes ? q.rhs_count - r : kLanes);
+            for (int k = 0; k < n(); ++k) x[k] = load_part<R>(from + rhs.element(k) + r, width);
+            solve<N>(l, inverse, x, n());
+            for (int k = 0; k < n(); ++k) store_part(to + out.element(k) + r, bad ? R{} : x[k], width);
         }
     }
 
@@ -149,14 +164,13 @@ private:
         V lambda = V{} + S(q.damping);
         if (q.relative) {
             const V t = trace<N>(s.f, n());
-            lambda = t > V{} ? lambda * (t / S(n())) : V{} + zero_block_lambda;
+            lambda = select(t > V{}, lambda * (t / S(n())), V{} + zero_block_lambda);
         }
-        damp<N>(s.a, s.f, lambda, n());
-        factor<N, kFactorTile>(s.a, s.inverse, n());
+        factor<N, kTile>(s.a, s.inverse, s.f, lambda, n());
     }
 
     void load_factor(Group group) const {
-        load_triangle<N>(s.a, stored, n(), group);
+        load_triangle<N, S, kParts>(s.a, stored, n(), group);
         invert_diagonal<N>(s.a, s.inverse, n());
     }
 
@@ -196,7 +210,7 @@ private:
 
     void clear_bad(V* x, int length, V bad) const {
         if (!any(bad != V{})) return;
-        for (int k = 0; k < length; ++k) x[k] = bad != V{} ? V{} : x[k];
+        for (int k = 0; k < length; ++k) x[k] = select(bad != V{}, V{}, x[k]);
     }
 
     void report(V info, Group group) const {
@@ -216,10 +230,10 @@ private:
     const Problem& problem;
     const Parameters& q;
     const int n_;
-    const Workspace s;
+    const Workspace<V> s;
     S* const fisher;
     S* const stored;
-    const LaneView<N, S> grad, rhs, out;
+    const LaneView<N, S, kParts> grad, rhs, out;
 };
 
 }  // namespace

@@ -3,9 +3,16 @@
 
 #include <stddef.h>
 
+#include "../layout.h"
 #include "../types.h"
 
 namespace mbf::cpu {
+
+// What one thread works in: two triangles and six vectors of packs, each of two registers for the compiled sizes.
+static inline size_t scratch_bytes(int n) {
+    constexpr size_t kRegisterBytes = 64;  // the widest
+    return kRegisterBytes * (is_tiled(n) ? 2 : 1) * (2 * triangle_size(n) + 6 * n);
+}
 
 // Runs `op` on blocks [first, last) of `problem`; `first` is a multiple of 32. Scratch: scratch_bytes(n),
 // 64-byte aligned.

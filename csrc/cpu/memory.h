@@ -1,6 +1,5 @@
 // Moves mini-blocks between memory and lanes: triangles in the two storages of layout.h, and vectors
-// through any BlockView. Lane l of a group is block first + l; lanes past `active` repeat the first block
-// when read and are never written.
+// through any BlockView.
 #pragma once
 
 #include "../layout.h"
@@ -12,162 +11,183 @@
 namespace mbf {
 namespace {
 
+// The blocks of one pack: lane l holds block first + l. Lanes past `active` repeat the first block when read
+// and are never written. The pack after it starts at block `next`.
 struct Group {
     int64_t first;
     int active;
+    int64_t next;
+
+    MBF_FN int64_t block(int l) const { return first + (l < active ? l : 0); }
 };
 
-// W x W transpose in registers: log2(W) rounds, each swapping halves of shrinking pairs of rows. Rounds whose
-// results the caller drops are dropped by the compiler.
+// Where lane l of the first (second) result of a transpose's round comes from, in lanes of (a, b). Within 128
+// bits, where it is cheap, the round interleaves; across, it swaps halves.
 template <class S>
-inline void transpose(Lanes<S> (&m)[LanesOf<S>::kCount]) {
-    using V = Lanes<S>;
-    constexpr int W = LanesOf<S>::kCount;
-    using Index = decltype(V{} < V{});
-#pragma GCC unroll 8
-    for (int half = W / 2; half > 0; half /= 2) {
-        Index low{}, high{};
-#pragma GCC unroll 16
+constexpr int transpose_source(int half, int l, bool second) {
+    constexpr int kLane = 16 / sizeof(S), W = RegisterOf<S>::kLanes;
+    if (half >= kLane) return (l & half ? W : 0) + (l & ~half) + (second ? half : 0);
+    return (l % 2 ? W : 0) + l / kLane * kLane + l % kLane / 2 + (second ? kLane / 2 : 0);
+}
+
+// W x W transpose in registers: log2(W) rounds over pairs of rows half = W/2, .., 1 apart. Rounds whose results
+// the caller drops are dropped by the compiler.
+template <int half, class R, class Index, int... l>
+MBF_FN void transpose(R (&m)[sizeof...(l)], std::integer_sequence<int, l...> lanes) {
+    using S = std::remove_reference_t<decltype(R{}[0])>;
+    constexpr Index first{transpose_source<S>(half, l, false)...};
+    constexpr Index second{transpose_source<S>(half, l, true)...};
+    MBF_UNROLL
+    for (int r = 0; r < int(sizeof...(l)); ++r) {
+        if (r & half) continue;
+        const R a = m[r], b = m[r + half];
+        m[r] = __builtin_shuffle(a, b, first);
+        m[r + half] = __builtin_shuffle(a, b, second);
+    }
+    if constexpr (half > 1) transpose<half / 2, R, Index>(m, lanes);
+}
+
+template <class S>
+MBF_FN void transpose(Register<S> (&m)[RegisterOf<S>::kLanes]) {
+    using R = Register<S>;
+    constexpr int W = RegisterOf<S>::kLanes;
+    transpose<W / 2, R, decltype(R{} < R{})>(m, std::make_integer_sequence<int, W>());
+}
+
+// v[k].part[p][l] <- rows[l][k] for k < length.
+template <class S, int P>
+MBF_FN void gather_rows(Lanes<S, P>* v, int p, S* const* rows, int length) {
+    using R = Register<S>;
+    constexpr int W = RegisterOf<S>::kLanes;
+    for (int k = 0; k < length; k += W) {
+        const int width = length - k < W ? length - k : W;
+        R m[W];
+        MBF_UNROLL
+        for (int l = 0; l < W; ++l) m[l] = width == W ? load<R>(rows[l] + k) : load_part<R>(rows[l] + k, width);
+        transpose<S>(m);
+        MBF_UNROLL
+        for (int r = 0; r < W; ++r)
+            if (r < width) v[k + r].part[p] = m[r];
+    }
+}
+
+// rows[l][k] <- v[k].part[p][l] for k < length and those lanes whose bit of `skip` is not set.
+template <class S, int P>
+MBF_FN void scatter_rows(const Lanes<S, P>* v, int p, S* const* rows, int length, unsigned skip) {
+    using R = Register<S>;
+    constexpr int W = RegisterOf<S>::kLanes;
+    for (int k = 0; k < length; k += W) {
+        const int width = length - k < W ? length - k : W;
+        R m[W];
+        MBF_UNROLL
+        for (int r = 0; r < W; ++r) m[r] = r < width ? v[k + r].part[p] : R{};
+        transpose<S>(m);
+        MBF_UNROLL
+        for (int l = 0; l < W; ++l)
+            if (!(skip >> l & 1)) store_part(rows[l] + k, m[l], width);
+    }
+}
+
+// The same for W blocks of n scalars that follow each other. Each row moves as a whole register that overruns
+// into the next ones, which costs less than a partial access; the last rows, whose register would leave the run,
+// do not.
+template <int N, class S, int P>
+MBF_FN void gather_run(Lanes<S, P>* v, int p, const S* run) {
+    using R = Register<S>;
+    constexpr int W = RegisterOf<S>::kLanes;
+    MBF_UNROLL
+    for (int k = 0; k < N; k += W) {
+        const int width = N - k < W ? N - k : W;
+        R m[W];
+        MBF_UNROLL
         for (int l = 0; l < W; ++l) {
-            low[l] = l & half ? W + l - half : l;
-            high[l] = l & half ? W + l : l + half;
+            const S* row = run + l * N + k;
+            m[l] = l * N + k + W <= N * W ? load<R>(row) : load_part<R>(row, width);
         }
-#pragma GCC unroll 16
-        for (int r = 0; r < W; ++r) {
-            if (r & half) continue;
-            const V a = m[r], b = m[r + half];
-            m[r] = __builtin_shuffle(a, b, low);
-            m[r + half] = __builtin_shuffle(a, b, high);
-        }
+        transpose<S>(m);
+        MBF_UNROLL
+        for (int r = 0; r < width; ++r) v[k + r].part[p] = m[r];
     }
 }
 
-// v[k][l] <- rows[l][k] for k < length.
-template <class S>
-inline __attribute__((always_inline)) void gather_rows(Lanes<S>* v, const S* const* rows, int length) {
-    using V = Lanes<S>;
-    constexpr int W = LanesOf<S>::kCount;
-    for (int k = 0; k < length; k += W) {
-        const int width = length - k < W ? length - k : W;
-        V m[W];
-#pragma GCC unroll 16
-        for (int l = 0; l < W; ++l) m[l] = width == W ? load<V>(rows[l] + k) : load_part<V>(rows[l] + k, width);
+template <int N, class S, int P>
+MBF_FN void scatter_run(const Lanes<S, P>* v, int p, S* run) {
+    using R = Register<S>;
+    constexpr int W = RegisterOf<S>::kLanes;
+    // Backwards over columns and forwards over rows: what a row's last columns overrun is written later.
+    MBF_UNROLL
+    for (int k = (N - 1) / W * W; k >= 0; k -= W) {
+        const int width = N - k < W ? N - k : W;
+        R m[W];
+        MBF_UNROLL
+        for (int r = 0; r < W; ++r) m[r] = r < width ? v[k + r].part[p] : R{};
         transpose<S>(m);
-#pragma GCC unroll 16
-        for (int r = 0; r < W; ++r)
-            if (r < width) v[k + r] = m[r];
-    }
-}
-
-// rows[l][k] <- v[k][l] for k < length and those l < active where keep[l] is zero.
-template <class S>
-inline __attribute__((always_inline)) void scatter_rows(const Lanes<S>* v, S* const* rows, int length,
-                                                        int active, Lanes<S> keep) {
-    using V = Lanes<S>;
-    constexpr int W = LanesOf<S>::kCount;
-    for (int l = active; l < W; ++l) keep[l] = 1;
-    const bool all = !any(keep != 0);
-    for (int k = 0; k < length; k += W) {
-        const int width = length - k < W ? length - k : W;
-        V m[W];
-#pragma GCC unroll 16
-        for (int r = 0; r < W; ++r) m[r] = r < width ? v[k + r] : V{};
-        transpose<S>(m);
-        if (all) {
-#pragma GCC unroll 16
-            for (int l = 0; l < W; ++l) store_part(rows[l] + k, m[l], width);
-        } else {
-            for (int l = 0; l < W; ++l)
-                if (keep[l] == 0) store_part(rows[l] + k, m[l], width);
+        MBF_UNROLL
+        for (int l = 0; l < W; ++l) {
+            S* row = run + l * N + k;
+            if (l * N + k + W <= N * W) store(row, m[l]);
+            else store_part(row, m[l], width);
         }
     }
 }
 
-// The same for W blocks of n scalars that follow each other: whole vectors to and from memory, whose partial
-// accesses are slow, and rows to and from a buffer.
-template <int N, class S>
-inline __attribute__((always_inline)) void gather_run(Lanes<S>* v, const S* run, int n_) {
-    using V = Lanes<S>;
-    constexpr int W = LanesOf<S>::kCount;
-    const int n = size_of<N>(n_);
-    S buffer[(N + 1) * W];
-    for (int k = 0; k < n; ++k) store(buffer + k * W, load<V>(run + k * W));
-    for (int k = 0; k < n; k += W) {
-        V m[W];
-#pragma GCC unroll 16
-        for (int l = 0; l < W; ++l) m[l] = load<V>(buffer + l * n + k);
-        transpose<S>(m);
-#pragma GCC unroll 16
-        for (int r = 0; r < W; ++r)
-            if (k + r < n) v[k + r] = m[r];
-    }
+// The lanes of part p that are not to be written: bit l is set where `keep` is not zero, or lane l not active.
+template <class S, int P>
+MBF_FN unsigned lanes_to_skip(const Lanes<S, P>& keep, int p, Group group) {
+    constexpr int W = RegisterOf<S>::kLanes;
+    unsigned skip = 0;
+    for (int l = 0; l < W; ++l) skip |= unsigned(p * W + l >= group.active || keep[p * W + l] != 0) << l;
+    return skip;
 }
 
-template <int N, class S>
-inline __attribute__((always_inline)) void scatter_run(const Lanes<S>* v, S* run, int n_) {
-    using V = Lanes<S>;
-    constexpr int W = LanesOf<S>::kCount;
-    const int n = size_of<N>(n_);
-    S buffer[(N + 1) * W];
-    for (int k = (n - 1) / W * W; k >= 0; k -= W) {  // backwards: the last columns overrun into the next row's first
-        V m[W];
-#pragma GCC unroll 16
-        for (int r = 0; r < W; ++r) m[r] = k + r < n ? v[k + r] : V{};
-        transpose<S>(m);
-#pragma GCC unroll 16
-        for (int l = 0; l < W; ++l) store(buffer + l * n + k, m[l]);
-    }
-    for (int k = 0; k < n; ++k) store(run + k * W, load<V>(buffer + k * W));
-}
-
-template <class S>
-inline void block_rows(S** rows, S* base, int n, Group group) {
-    for (int l = 0; l < LanesOf<S>::kCount; ++l)
-        rows[l] = base + block_offset(n, group.first + (l < group.active ? l : 0));
-}
-
-template <int N, class S>
-inline void load_triangle(Lanes<S>* f, const S* storage, int n_, Group group) {
+template <int N, class S, int P>
+MBF_FN void load_triangle(Lanes<S, P>* f, S* storage, int n_, Group group) {
     const int n = size_of<N>(n_);
     if (is_tiled(n)) {
         const S* tile = storage + block_offset(n, group.first);
-        for (int t = 0; t < triangle_size(n); ++t) f[t] = load<Lanes<S>>(tile + t * kTileBlocks);
+        for (int t = 0; t < triangle_size(n); ++t) f[t] = load_pack<S, P>(tile + t * kTileBlocks);
         return;
     }
-    const S* rows[LanesOf<S>::kCount];
-    block_rows(rows, storage, n, group);
-    gather_rows<S>(f, rows, triangle_size(n));
+    constexpr int W = RegisterOf<S>::kLanes;
+    for (int p = 0; p < P; ++p) {
+        S* rows[W];
+        for (int l = 0; l < W; ++l) rows[l] = storage + block_offset(n, group.block(p * W + l));
+        gather_rows<S, P>(f, p, rows, triangle_size(n));
+    }
 }
 
 // Writes the active blocks whose lane of `keep` is zero; the others, padding included, keep their bits.
-template <int N, class S>
-inline void store_triangle(const Lanes<S>* f, S* storage, int n_, Group group, Lanes<S> keep) {
+template <int N, class S, int P>
+MBF_FN void store_triangle(const Lanes<S, P>* f, S* storage, int n_, Group group, Lanes<S, P> keep) {
     const int n = size_of<N>(n_);
+    constexpr int W = RegisterOf<S>::kLanes;
     if (!is_tiled(n)) {
-        S* rows[LanesOf<S>::kCount];
-        block_rows(rows, storage, n, group);
-        return scatter_rows<S>(f, rows, triangle_size(n), group.active, keep);
+        for (int p = 0; p < P; ++p) {
+            S* rows[W];
+            for (int l = 0; l < W; ++l) rows[l] = storage + block_offset(n, group.block(p * W + l));
+            scatter_rows<S, P>(f, p, rows, triangle_size(n), lanes_to_skip<S, P>(keep, p, group));
+        }
+        return;
     }
-    for (int l = group.active; l < LanesOf<S>::kCount; ++l) keep[l] = 1;
+    for (int l = group.active; l < P * W; ++l) keep[l] = 1;
     S* tile = storage + block_offset(n, group.first);
     if (!any(keep != 0)) {
-        for (int t = 0; t < triangle_size(n); ++t) store(tile + t * kTileBlocks, f[t]);
+        for (int t = 0; t < triangle_size(n); ++t) store_pack<S, P>(tile + t * kTileBlocks, f[t]);
         return;
     }
     for (int t = 0; t < triangle_size(n); ++t) {
         S* entry = tile + t * kTileBlocks;
-        const Lanes<S> old = load<Lanes<S>>(entry);
-        store(entry, keep != 0 ? old : f[t]);
+        store_pack<S, P>(entry, select(keep != 0, load_pack<S, P>(entry), f[t]));
     }
 }
 
-// A tensor seen as blocks of n scalars. The three ways its groups can lie, fastest first: the elements of a
-// block contiguous, the blocks of a group contiguous, neither.
-template <int N, class S>
+// A tensor seen as blocks of n scalars. The three ways the blocks of a register can lie, fastest first: one after
+// the other, the elements of each contiguous; likewise, element by element; anyhow.
+template <int N, class S, int P>
 class LaneView {
 public:
-    using V = Lanes<S>;
-    static constexpr int W = LanesOf<S>::kCount;
+    using V = Lanes<S, P>;
+    static constexpr int W = RegisterOf<S>::kLanes;
 
     LaneView(const BlockView& view, int n)
         : base_(static_cast<S*>(view.base)), block_(view.block), n_(n),
@@ -188,64 +208,75 @@ public:
     int64_t element(int k) const { return element_[k]; }
 
     void load(V* v, Group group) const {
-        const int n = size_of<N>(n_);
-        if (N > 0 && is_run(group)) return gather_run<N, S>(v, block(group.first), n);
-        S* rows[W];
-        find_rows(rows, group);
-        if (rows_) return gather_rows<S>(v, rows, n);
-        if (contiguous_lanes(rows, group)) {
-            for (int k = 0; k < n; ++k) v[k] = mbf::load<V>(rows[0] + element_[k]);
-            return;
-        }
-        for (int k = 0; k < n; ++k) {
-            S entry[W];
-            for (int l = 0; l < W; ++l) entry[l] = rows[l][element_[k]];
-            v[k] = mbf::load<V>(entry);
-        }
+        for (int p = 0; p < P; ++p) load_register(v, p, group);
     }
 
     // Writes the active blocks whose lane of `keep` is zero.
     void store(const V* v, Group group, V keep) const {
-        const int n = size_of<N>(n_);
-        if (N > 0 && is_run(group) && !any(keep != 0)) return scatter_run<N, S>(v, block(group.first), n);
-        S* rows[W];
-        find_rows(rows, group);
-        if (rows_) return scatter_rows<S>(v, rows, n, group.active, keep);
-        if (contiguous_lanes(rows, group) && !any(keep != 0)) {
-            for (int k = 0; k < n; ++k) mbf::store(rows[0] + element_[k], v[k]);
-            return;
-        }
-        for (int k = 0; k < n; ++k)
-            for (int l = 0; l < group.active; ++l)
-                if (keep[l] == 0) rows[l][element_[k]] = v[k][l];
+        const bool all = group.active == P * W && !any(keep != 0);
+        for (int p = 0; p < P; ++p) store_register(v, p, group, all ? 0 : lanes_to_skip<S, P>(keep, p, group));
     }
 
-    // Asks for the memory of a group before it is needed.
-    void prefetch(int64_t first) const {
+    // The i-th cache line of the pack that starts at block(b) = start, where the pack lies in one of the two fast ways.
+    const S* line(const S* start, int i) const {
+        constexpr int kLine = 64 / sizeof(S);
         const int n = size_of<N>(n_);
-        const S* start = block(first);
-        if (rows_)
-            for (int k = 0; k < n; ++k) __builtin_prefetch(start + k * W);
-        else
-            for (int k = 0; k < n; ++k) __builtin_prefetch(start + element_[k]);
+        return start + (rows_ ? i * kLine : element_[i % n] + i / n * kLine);
     }
 
 private:
-    void find_rows(S** rows, Group group) const {
-        if (group.active == W && group.first + W <= block_.inner_count) {  // one run, no wrap
-            for (int l = 0; l < W; ++l) rows[l] = base_ + (group.first + l) * block_.inner;
+    MBF_FN void load_register(V* v, int p, Group group) const {
+        const int n = size_of<N>(n_);
+        if constexpr (N > 0)
+            if (is_run(group, p)) return gather_run<N, S, P>(v, p, block(group.first + p * W));
+        S* rows[W];
+        find_rows(rows, p, group);
+        if (rows_) return gather_rows<S, P>(v, p, rows, n);
+        if (contiguous(rows)) {
+            for (int k = 0; k < n; ++k) v[k].part[p] = mbf::load<Register<S>>(rows[0] + element_[k]);
             return;
         }
-        for (int l = 0; l < W; ++l) rows[l] = block(group.first + (l < group.active ? l : 0));
+        for (int k = 0; k < n; ++k)
+            for (int l = 0; l < W; ++l) v[k].part[p][l] = rows[l][element_[k]];
     }
 
-    // W contiguous blocks, one after the other.
-    bool is_run(Group group) const {
-        return rows_ && block_.inner == size_of<N>(n_) && group.active == W && group.first + W <= block_.inner_count;
+    MBF_FN void store_register(const V* v, int p, Group group, unsigned skip) const {
+        const int n = size_of<N>(n_);
+        if constexpr (N > 0)
+            if (!skip && is_run(group, p)) return scatter_run<N, S, P>(v, p, block(group.first + p * W));
+        S* rows[W];
+        find_rows(rows, p, group);
+        if (rows_) return scatter_rows<S, P>(v, p, rows, n, skip);
+        if (!skip && contiguous(rows)) {
+            for (int k = 0; k < n; ++k) mbf::store(rows[0] + element_[k], v[k].part[p]);
+            return;
+        }
+        for (int k = 0; k < n; ++k)
+            for (int l = 0; l < W; ++l)
+                if (!(skip >> l & 1)) rows[l][element_[k]] = v[k].part[p][l];
     }
 
-    bool contiguous_lanes(S* const* rows, Group group) const {
-        return group.active == W && block_.inner == 1 && rows[W - 1] == rows[0] + W - 1;
+    // Part p is W contiguous blocks, one after the other.
+    bool is_run(Group group, int p) const {
+        return rows_ && block_.inner == size_of<N>(n_) && (p + 1) * W <= group.active &&
+               group.first + (p + 1) * W <= block_.inner_count;
+    }
+
+    void find_rows(S** rows, int p, Group group) const {
+        const int64_t first = group.first + p * W;
+        const int64_t run = first / block_.inner_count, at = first % block_.inner_count;
+        if ((p + 1) * W <= group.active && at + W <= block_.inner_count) {
+            S* start = base_ + run * block_.outer + at * block_.inner;
+            for (int l = 0; l < W; ++l) rows[l] = start + l * block_.inner;
+        } else {
+            for (int l = 0; l < W; ++l) rows[l] = block(group.block(p * W + l));
+        }
+    }
+
+    static bool contiguous(S* const* rows) {
+        bool next = true;
+        for (int l = 1; l < W; ++l) next &= rows[l] == rows[0] + l;
+        return next;
     }
 
     S* base_;
@@ -253,6 +284,41 @@ private:
     int n_;
     bool rows_;
     int64_t element_[N > 0 ? N : MBF_MAX_SIZE];
+};
+
+// Asks for the memory of the pack that starts at block `first`, a share at a time between the stages of the present
+// one: all at once would exceed the misses that a core can track and stall it. Only for compiled sizes, whose
+// arithmetic is too short to hide memory otherwise.
+template <int N, class S, int P>
+class Ahead {
+public:
+    using View = LaneView<N, S, P>;
+
+    MBF_FN Ahead(const S* storage, const View& a, const View& b, const View& c, int64_t first)
+        : triangle_(storage + block_offset(N, first)), views_{&a, &b, &c},
+          starts_{a.block(first), b.block(first), c.block(first)} {}
+
+    MBF_FN void fetch_share() {
+        if (N == 0) return;
+        MBF_UNROLL
+        for (int i = 0; i < kTriangleShare; ++i) __builtin_prefetch(triangle_ + i * kLine, 1);
+        triangle_ += kTriangleShare * kLine;
+        for (int v = 0; v < 3; ++v)
+            for (int i = line_; i < line_ + kVectorShare; ++i) __builtin_prefetch(views_[v]->line(starts_[v], i), 1);
+        line_ += kVectorShare;
+    }
+
+private:
+    static constexpr int kShares = 8;  // an op has about as many stages
+    static constexpr int kLine = 64 / sizeof(S);
+    static constexpr int kLinesPerEntry = P * kRegisterBytes / 64;
+    static constexpr int kTriangleShare = (triangle_size(N) * kLinesPerEntry + kShares - 1) / kShares;
+    static constexpr int kVectorShare = (N * kLinesPerEntry + kShares - 1) / kShares;
+
+    const S* triangle_;
+    const View* const views_[3];
+    const S* const starts_[3];
+    int line_ = 0;
 };
 
 }  // namespace
