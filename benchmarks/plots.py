@@ -30,8 +30,8 @@ def plot(problem: Problem, runs: list[dict], file: Path) -> None:
         panels[0].yaxis.set_minor_formatter(LogFormatter())
     panels[0].set_ylim(top=1.1 * ceiling(problem, drawn))
     panels[0].set_ylabel(f"loss, {problem.unit}")
-    panels[0].legend(title="solid: training, dashed: test")
-    figure.suptitle(problem.title)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(drawn) or 1)
+    figure.suptitle(f"{problem.title} (solid: training, dashed: test)")
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 

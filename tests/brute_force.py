@@ -135,7 +135,7 @@ class Layer:
 
 
 GRAFTED = dict(
-    lr=1e-3, momentum=0.9, decay=0.95, damping=0.1, relative_damping=True, weight_decay=0.0, graft="adam",
+    lr=1e-3, momentum=0.9, decay=0.98, damping=0.3, relative_damping=True, weight_decay=0.0, graft="adam",
     nesterov=True, update_interval=None, factor_interval=None,
     blocks="auto", segment=64, grid=None, average=True,
     diagonal_decay=0.999, eps=1e-8, maximize=False,

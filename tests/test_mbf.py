@@ -412,7 +412,7 @@ def test_resume_is_bitwise(form, partition, intervals):
 def test_state_dict_holds_canonical_matrices():
     """F as packed triangles [count, T], whatever the storage; tensors and numbers only."""
     w = nn.Parameter(randn(5, 7, 3, 3))
-    optimizer = MBF([w])
+    optimizer = MBF([w], decay=0.9)
     w.grad = randn(5, 7, 3, 3, seed=1)
     optimizer.step()
     (state,) = optimizer.state_dict()["state"].values()
@@ -421,7 +421,7 @@ def test_state_dict_holds_canonical_matrices():
     (packed,) = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.shape == (35, 45))
     g = w.grad.view(35, 9)
     row, column = torch.tril_indices(9, 9)
-    assert_relative(packed, 0.05 * g[:, row] * g[:, column], 1e-14)
+    assert_relative(packed, (1 - 0.9) * g[:, row] * g[:, column], 1e-14)
 
 
 def test_load_state_dict_refuses_another_optimizer():
