@@ -24,21 +24,15 @@ using View = std::optional<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_
 mbf::BlockView block_view(const View& view) {
     if (!view) return {};
     const auto& [base, block_count, block_outer, block_inner, element_count, element_outer, element_inner] = *view;
-    return {pointer<void>(base), {block_count, block_outer, block_inner}, {element_count, element_outer, element_inner}};
+    return {
+        pointer<void>(base), {block_count, block_outer, block_inner}, {element_count, element_outer, element_inner}};
 }
 
 mbf::Problem problem(int64_t count, int64_t fisher, int64_t factor, int64_t info, int64_t skipped,
                      double momentum_scale, double fisher_scale, const View& grad, const View& rhs, const View& out) {
-    return {count,
-            pointer<void>(fisher),
-            pointer<void>(factor),
-            pointer<int32_t>(info),
-            pointer<int64_t>(skipped),
-            momentum_scale,
-            fisher_scale,
-            block_view(grad),
-            block_view(rhs),
-            block_view(out)};
+    return {
+        count,          pointer<void>(fisher), pointer<void>(factor), pointer<int32_t>(info), pointer<int64_t>(skipped),
+        momentum_scale, fisher_scale,          block_view(grad),      block_view(rhs),        block_view(out)};
 }
 
 }  // namespace
@@ -71,10 +65,9 @@ PYBIND11_MODULE(_C, m) {
                                         graft, nesterov, maximize, update,  refactor,     rhs_count};
              }),
              py::kw_only(), py::arg("lr") = 0.0, py::arg("momentum") = 0.0, py::arg("decay") = 0.0,
-             py::arg("damping") = 0.0, py::arg("weight_decay") = 0.0, py::arg("eps") = 0.0,
-             py::arg("relative") = false, py::arg("graft") = false, py::arg("nesterov") = false,
-             py::arg("maximize") = false, py::arg("update") = true, py::arg("refactor") = true,
-             py::arg("rhs_count") = 1);
+             py::arg("damping") = 0.0, py::arg("weight_decay") = 0.0, py::arg("eps") = 0.0, py::arg("relative") = false,
+             py::arg("graft") = false, py::arg("nesterov") = false, py::arg("maximize") = false,
+             py::arg("update") = true, py::arg("refactor") = true, py::arg("rhs_count") = 1);
 
     m.def("cpu_launch", &mbf::cpu::launch, py::arg("op"), py::arg("dtype"), py::arg("size"), py::arg("problems"),
           py::arg("parameters"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());

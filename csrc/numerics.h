@@ -20,7 +20,9 @@ MBF_FN constexpr int size_of(int n) {
     return N > 0 ? N : n;
 }
 
-MBF_FN constexpr int row(int i) { return i * (i + 1) / 2; }
+MBF_FN constexpr int row(int i) {
+    return i * (i + 1) / 2;
+}
 
 // info, or k where it was good and `good` is false.
 template <class V, class Mask>
@@ -72,8 +74,10 @@ MBF_FN V poison_of_pivots(const V* l, const V* inverse, int n_) {
 template <int N, class V, class S>
 MBF_FN void accumulate(V* MBF_RESTRICT f, const V* MBF_RESTRICT g, S decay, S weight, int n_) {
     const int n = size_of<N>(n_);
+    MBF_UNROLL
     for (int i = 0; i < n; ++i) {
         const V u = weight * g[i];
+        MBF_UNROLL
         for (int j = 0; j <= i; ++j) f[row(i) + j] = decay * f[row(i) + j] + u * g[j];
     }
 }
@@ -167,7 +171,8 @@ MBF_FN void factor_tile(V* MBF_RESTRICT l, const V* MBF_RESTRICT inverse, const 
 
 // Columns j0 .. j0+C of the factor, in tiles of R rows and then single rows.
 template <int R, int C, class V>
-MBF_FN void factor_columns(V* MBF_RESTRICT l, V* MBF_RESTRICT inverse, const V* MBF_RESTRICT f, V lambda, int j0, int n) {
+MBF_FN void factor_columns(V* MBF_RESTRICT l, V* MBF_RESTRICT inverse, const V* MBF_RESTRICT f, V lambda, int j0,
+                           int n) {
     factor_diagonal_tile<C>(l, inverse, f, lambda, j0);
     int i = j0 + C;
     for (; i + R <= n; i += R) factor_tile<R, C>(l, inverse, f, i, j0);
@@ -195,12 +200,16 @@ MBF_FN void invert_diagonal(const V* l, V* inverse, int n_) {
 template <int N, class E, class V>
 MBF_FN void solve(const E* MBF_RESTRICT l, const E* MBF_RESTRICT inverse, V* MBF_RESTRICT x, int n_) {
     const int n = size_of<N>(n_);
+    MBF_UNROLL
     for (int k = 0; k < n; ++k) {
         x[k] = x[k] * inverse[k];
+        MBF_UNROLL
         for (int i = k + 1; i < n; ++i) x[i] = x[i] - l[row(i) + k] * x[k];
     }
+    MBF_UNROLL
     for (int k = n - 1; k >= 0; --k) {
         x[k] = x[k] * inverse[k];
+        MBF_UNROLL
         for (int i = 0; i < k; ++i) x[i] = x[i] - l[row(k) + i] * x[k];
     }
 }

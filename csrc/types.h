@@ -41,11 +41,11 @@ struct Problem {
 // What all tensors of a launch share.
 struct Parameters {
     double lr, momentum, decay, damping, weight_decay, eps;
-    bool relative;                    // damping is a multiple of trace(F)/n
-    bool graft, nesterov, maximize;   // the forms of a step
-    bool update;                      // F <- decay F + (1-decay) g g^T before a step uses it
-    bool refactor;                    // a step factors F; otherwise `factor` holds L
-    int64_t rhs_count;                // solve: right-hand sides per block, contiguous
+    bool relative;                   // damping is a multiple of trace(F)/n
+    bool graft, nesterov, maximize;  // the forms of a step
+    bool update;                     // F <- decay F + (1-decay) g g^T before a step uses it
+    bool refactor;                   // a step factors F; otherwise `factor` holds L
+    int64_t rhs_count;               // solve: right-hand sides per block, contiguous
 };
 
 }  // namespace mbf

@@ -21,8 +21,8 @@ struct Isa {
 std::vector<Isa> detect_isas() {
     std::vector<Isa> found;
 #ifdef MBF_X86
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw"))
         found.push_back({"avx512", 64, {run_avx512_float, run_avx512_double}});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         found.push_back({"avx2", 32, {run_avx2_float, run_avx2_double}});
@@ -86,9 +86,13 @@ std::vector<std::string> supported_isas() {
     return names;
 }
 
-std::string isa() { return current_isa()->name; }
+std::string isa() {
+    return current_isa()->name;
+}
 
-void set_isa(const std::string& name) { current_isa() = find_isa(name); }
+void set_isa(const std::string& name) {
+    current_isa() = find_isa(name);
+}
 
 void launch(Op op, DType dtype, int n, const std::vector<Problem>& problems, const Parameters& parameters,
             int threads) {

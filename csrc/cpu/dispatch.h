@@ -17,7 +17,6 @@ std::string isa();
 void set_isa(const std::string& name);
 
 // Runs `op` on all problems, each a tensor's blocks of size n (1 .. MBF_MAX_SIZE), on at most `threads` threads.
-void launch(Op op, DType dtype, int n, const std::vector<Problem>& problems, const Parameters& parameters,
-            int threads);
+void launch(Op op, DType dtype, int n, const std::vector<Problem>& problems, const Parameters& parameters, int threads);
 
 }  // namespace mbf::cpu

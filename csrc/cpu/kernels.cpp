@@ -9,29 +9,45 @@ namespace mbf {
 namespace {
 
 using S = MBF_SCALAR;
+
 // Per-thread arrays of one group, entry-major: entry t of all W blocks is one V.
 template <class V>
 struct Workspace {
-    V *f, *a;              // F, and A = F + lambda I or its factor L
-    V *inverse;            // 1 / diag(L)
+    V *f, *a;              // F, and L with L L^T = F + lambda I
+    V* inverse;            // 1 / diag(L)
     V *g, *m, *d, *x, *w;  // gradient, momentum, right-hand side, solution, weights
 
     Workspace(void* scratch, int n)
-        : f(static_cast<V*>(scratch)), a(f + triangle_size(n)), inverse(a + triangle_size(n)),
-          g(inverse + n), m(g + n), d(m + n), x(d + n), w(x + n) {}
+        : f(static_cast<V*>(scratch)),
+          a(f + triangle_size(n)),
+          inverse(a + triangle_size(n)),
+          g(inverse + n),
+          m(g + n),
+          d(m + n),
+          x(d + n),
+          w(x + n) {}
 };
 
 template <int N>
 class Kernels {
+    // Small blocks wait for square roots and quotients: two registers side by side. Large ones have independent
+    // work enough, and on 32 registers a larger tile of accumulators.
     static constexpr int kParts = N > 0 ? 2 : 1;
+    static constexpr int kTile = N == 0 && kRegisters > 16 ? 4 : 3;
     static constexpr int W = kParts * RegisterOf<S>::kLanes;
-    static constexpr int kTile = N > 0 ? (kRegisters > 16 ? 3 : 2) : (kRegisters > 16 ? 4 : 3);
     using V = Lanes<S, kParts>;
 
 public:
     Kernels(const Problem& problem, const Parameters& parameters, int n, void* scratch)
-        : problem(problem), q(parameters), n_(n), s(scratch, n), fisher(static_cast<S*>(problem.fisher)),
-          stored(static_cast<S*>(problem.factor)), grad(problem.grad, n), rhs(problem.rhs, n), out(problem.out, n) {}
+        : problem(problem),
+          q(parameters),
+          n_(n),
+          s(scratch, n),
+          fisher(static_cast<S*>(problem.fisher)),
+          stored(static_cast<S*>(problem.factor)),
+          grad(problem.grad, n),
+          rhs(problem.rhs, n),
+          out(problem.out, n) {}
 
     void run(Op op, int64_t first, int64_t last) const {
         if (op == Op::kSolve && q.rhs_count >= RegisterOf<S>::kLanes) {
@@ -104,8 +120,10 @@ private:
         ahead.fetch_share();
         if (q.update) accumulate_gradient();
         ahead.fetch_share();
-        if (q.refactor) factor_damped(1);
-        else load_factor(group);
+        if (q.refactor)
+            factor_damped(1);
+        else
+            load_factor(group);
         ahead.fetch_share();
         const V info = solve_checked();
         ahead.fetch_share();
@@ -129,7 +147,7 @@ private:
         const V bad = poison_of_pivots<N>(s.a, s.inverse, n());
         for (int64_t r = 0; r < q.rhs_count; ++r) {
             rhs.shifted(r).load(s.x, group);
-            solve<N>(s.a, s.inverse, s.x, n());
+            solve<0>(s.a, s.inverse, s.x, n());  // rolled: memory is what takes time here
             clear_bad(s.x, n(), bad);
             out.shifted(r).store(s.x, group, V{});
         }
@@ -156,11 +174,11 @@ private:
         }
     }
 
-    void accumulate_gradient() const { accumulate<N>(s.f, s.g, S(q.decay), S(1 - q.decay), n()); }
+    MBF_SHARED void accumulate_gradient() const { accumulate<N>(s.f, s.g, S(q.decay), S(1 - q.decay), n()); }
 
     // A <- L with L L^T = F + lambda I. `zero_block_lambda`: the damping of a block whose trace is zero, when
     // damping is relative.
-    void factor_damped(S zero_block_lambda) const {
+    MBF_SHARED void factor_damped(S zero_block_lambda) const {
         V lambda = V{} + S(q.damping);
         if (q.relative) {
             const V t = trace<N>(s.f, n());
@@ -175,12 +193,12 @@ private:
     }
 
     // x <- (L L^T)^-1 d; returns info over the pivots, g, d and x.
-    V solve_checked() const {
+    MBF_SHARED V solve_checked() const {
         for (int k = 0; k < n(); ++k) s.x[k] = s.d[k];
         solve<N>(s.a, s.inverse, s.x, n());
         V info{};
-        const V doubt = poison_of_pivots<N>(s.a, s.inverse, n()) + poison<N>(s.g, n()) + poison<N>(s.d, n()) +
-                        poison<N>(s.x, n());
+        const V doubt =
+            poison_of_pivots<N>(s.a, s.inverse, n()) + poison<N>(s.g, n()) + poison<N>(s.d, n()) + poison<N>(s.x, n());
         if (!any(doubt != V{})) return info;
         info = flag_pivots<N>(info, s.a, s.inverse, n());
         info = flag_nonfinite<N>(info, s.g, n());
@@ -202,8 +220,8 @@ private:
     void move_weights() const {
         V rate = V{} + S(q.lr);
         if (q.graft)
-            rate = rate * graft_scale<N>(s.f, s.d, s.x, S(problem.momentum_scale), S(problem.fisher_scale),
-                                         S(q.eps), n());
+            rate =
+                rate * graft_scale<N>(s.f, s.d, s.x, S(problem.momentum_scale), S(problem.fisher_scale), S(q.eps), n());
         const S shrink = 1 - q.lr * q.weight_decay;
         for (int k = 0; k < n(); ++k) s.w[k] = shrink * s.w[k] - rate * s.x[k];
     }

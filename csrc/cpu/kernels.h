@@ -16,11 +16,11 @@ static inline size_t scratch_bytes(int n) {
 
 // Runs `op` on blocks [first, last) of `problem`; `first` is a multiple of 32. Scratch: scratch_bytes(n),
 // 64-byte aligned.
-using Kernel = void (*)(Op op, const Problem& problem, const Parameters& parameters, int n, int64_t first,
-                        int64_t last, void* scratch);
+using Kernel = void (*)(Op op, const Problem& problem, const Parameters& parameters, int n, int64_t first, int64_t last,
+                        void* scratch);
 
-#define MBF_DECLARE_KERNELS(isa)                                                                      \
-    void run_##isa##_float(Op, const Problem&, const Parameters&, int, int64_t, int64_t, void*);      \
+#define MBF_DECLARE_KERNELS(isa)                                                                 \
+    void run_##isa##_float(Op, const Problem&, const Parameters&, int, int64_t, int64_t, void*); \
     void run_##isa##_double(Op, const Problem&, const Parameters&, int, int64_t, int64_t, void*);
 MBF_DECLARE_KERNELS(baseline)
 MBF_DECLARE_KERNELS(avx2)

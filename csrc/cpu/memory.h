@@ -125,8 +125,10 @@ MBF_FN void scatter_run(const Lanes<S, P>* v, int p, S* run) {
         MBF_UNROLL
         for (int l = 0; l < W; ++l) {
             S* row = run + l * N + k;
-            if (l * N + k + W <= N * W) store(row, m[l]);
-            else store_part(row, m[l], width);
+            if (l * N + k + W <= N * W)
+                store(row, m[l]);
+            else
+                store_part(row, m[l], width);
         }
     }
 }
@@ -141,7 +143,7 @@ MBF_FN unsigned lanes_to_skip(const Lanes<S, P>& keep, int p, Group group) {
 }
 
 template <int N, class S, int P>
-MBF_FN void load_triangle(Lanes<S, P>* f, S* storage, int n_, Group group) {
+MBF_SHARED void load_triangle(Lanes<S, P>* f, S* storage, int n_, Group group) {
     const int n = size_of<N>(n_);
     if (is_tiled(n)) {
         const S* tile = storage + block_offset(n, group.first);
@@ -158,7 +160,7 @@ MBF_FN void load_triangle(Lanes<S, P>* f, S* storage, int n_, Group group) {
 
 // Writes the active blocks whose lane of `keep` is zero; the others, padding included, keep their bits.
 template <int N, class S, int P>
-MBF_FN void store_triangle(const Lanes<S, P>* f, S* storage, int n_, Group group, Lanes<S, P> keep) {
+MBF_SHARED void store_triangle(const Lanes<S, P>* f, S* storage, int n_, Group group, Lanes<S, P> keep) {
     const int n = size_of<N>(n_);
     constexpr int W = RegisterOf<S>::kLanes;
     if (!is_tiled(n)) {
@@ -190,7 +192,9 @@ public:
     static constexpr int W = RegisterOf<S>::kLanes;
 
     LaneView(const BlockView& view, int n)
-        : base_(static_cast<S*>(view.base)), block_(view.block), n_(n),
+        : base_(static_cast<S*>(view.base)),
+          block_(view.block),
+          n_(n),
           rows_(view.element.inner == 1 && view.element.inner_count >= n) {
         if (base_)
             for (int k = 0; k < n; ++k) element_[k] = offset(view.element, k);
@@ -207,12 +211,12 @@ public:
     S* block(int64_t b) const { return base_ + (b < block_.inner_count ? b * block_.inner : offset(block_, b)); }
     int64_t element(int k) const { return element_[k]; }
 
-    void load(V* v, Group group) const {
+    MBF_SHARED void load(V* v, Group group) const {
         for (int p = 0; p < P; ++p) load_register(v, p, group);
     }
 
     // Writes the active blocks whose lane of `keep` is zero.
-    void store(const V* v, Group group, V keep) const {
+    MBF_SHARED void store(const V* v, Group group, const V& keep) const {
         const bool all = group.active == P * W && !any(keep != 0);
         for (int p = 0; p < P; ++p) store_register(v, p, group, all ? 0 : lanes_to_skip<S, P>(keep, p, group));
     }
@@ -225,7 +229,7 @@ public:
     }
 
 private:
-    MBF_FN void load_register(V* v, int p, Group group) const {
+    void load_register(V* v, int p, Group group) const {
         const int n = size_of<N>(n_);
         if constexpr (N > 0)
             if (is_run(group, p)) return gather_run<N, S, P>(v, p, block(group.first + p * W));
@@ -240,7 +244,7 @@ private:
             for (int l = 0; l < W; ++l) v[k].part[p][l] = rows[l][element_[k]];
     }
 
-    MBF_FN void store_register(const V* v, int p, Group group, unsigned skip) const {
+    void store_register(const V* v, int p, Group group, unsigned skip) const {
         const int n = size_of<N>(n_);
         if constexpr (N > 0)
             if (!skip && is_run(group, p)) return scatter_run<N, S, P>(v, p, block(group.first + p * W));
@@ -295,7 +299,8 @@ public:
     using View = LaneView<N, S, P>;
 
     MBF_FN Ahead(const S* storage, const View& a, const View& b, const View& c, int64_t first)
-        : triangle_(storage + block_offset(N, first)), views_{&a, &b, &c},
+        : triangle_(storage + block_offset(N, first)),
+          views_{&a, &b, &c},
           starts_{a.block(first), b.block(first), c.block(first)} {}
 
     MBF_FN void fetch_share() {
