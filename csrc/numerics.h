@@ -4,10 +4,10 @@
 // mini-blocks side by side on a CPU core). S is its scalar. N is the block size when it is compiled in,
 // 0 when it is only known at run time (then the argument n holds it). Triangles are packed row-major.
 //
-// The includer defines first: MBF_FN (function qualifiers), MBF_UNROLL (unrolls the next loop), `V square_root(V)`
-// and `V select(mask, V yes, V no)`. Differences are written d - a*b for the compiler to contract into fused
-// multiply-adds; every sum runs in index order, so a result depends on neither the lane, the number of
-// lanes nor the tile shape.
+// The includer defines first: MBF_FN (function qualifiers), MBF_UNROLL (unrolls the next loop), MBF_RESTRICT,
+// `V square_root(V)` and `V select(mask, V yes, V no)`. Differences are written d - a*b for the compiler to contract
+// into fused multiply-adds; every sum runs in index order, so a result depends on neither the lane, the number of lanes
+// nor the tile shape.
 //
 // `info` follows LAPACK, kept in a V so that it stays in the lane: 0 is good, k > 0 says that k (from 1)
 // is the first pivot that is not positive and finite, or else the first element that is not finite.
