@@ -144,13 +144,6 @@ class SymmetricBlocks:
             return [SymmetricBlocks(run, count, self.size) for run, count in zip(runs, counts, strict=True)]
         return [SymmetricBlocks.from_packed(run) for run in self.to_packed().split(list(counts))]
 
-    def copy_(self, other: SymmetricBlocks) -> SymmetricBlocks:
-        """Overwrites these blocks with those of ``other`` (same count and size)."""
-        if (self.count, self.size) != (other.count, other.size):
-            raise ValueError(f"SymmetricBlocks.copy_: expected {self}, got {other}")
-        self.data.copy_(other.data)
-        return self
-
     def clone(self) -> SymmetricBlocks:
         return SymmetricBlocks(self.data.clone(), self.count, self.size)
 

@@ -89,8 +89,6 @@ def _matrix_blocks(
         return [_blocks("row", outputs, inputs, average, lambda x: x.unsqueeze(1))]
     if blocks == "column":
         return [_blocks("column", inputs, outputs, average, lambda x: x.t().unsqueeze(1))]
-    if grid is None:
-        raise ValueError('MBF: blocks="grid" expects grid=(m1, m2), got None')
     m1, m2 = grid
     if inputs % m1 or outputs % m2:
         raise ValueError(
