@@ -15,7 +15,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CMAKE_OPTIONS = ("MBF_CUDA", "MBF_OPENMP", "MBF_WERROR", "CMAKE_BUILD_TYPE")
+CMAKE_OPTIONS = (
+    "MBF_CUDA", "MBF_CUDA_ARCHITECTURES", "MBF_EMULATOR", "MBF_OPENMP", "MBF_WERROR", "CMAKE_BUILD_TYPE",
+)  # fmt: skip
 
 
 def missing_tools() -> list[str]:

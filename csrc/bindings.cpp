@@ -5,8 +5,12 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
+#include <variant>
 
 #include "cpu/dispatch.h"
+#include "cuda/launch.h"
+#include "emulator/fibers.h"
 #include "layout.h"
 
 namespace py = pybind11;
@@ -28,12 +32,30 @@ mbf::BlockView block_view(const View& view) {
         pointer<void>(base), {block_count, block_outer, block_inner}, {element_count, element_outer, element_inner}};
 }
 
-mbf::Problem problem(int64_t count, int64_t fisher, int64_t factor, int64_t info, int64_t skipped,
-                     double momentum_scale, double fisher_scale, const View& grad, const View& rhs, const View& out) {
-    return {
-        count,          pointer<void>(fisher), pointer<void>(factor), pointer<int32_t>(info), pointer<int64_t>(skipped),
-        momentum_scale, fisher_scale,          block_view(grad),      block_view(rhs),        block_view(out)};
+// A number, or where it lies on the device.
+using Number = std::variant<double, std::pair<int64_t, mbf::DType>>;
+
+mbf::Scalar scalar(const Number& number) {
+    if (const double* value = std::get_if<double>(&number)) return {*value, nullptr, mbf::DType::kFloat64};
+    const auto& [address, dtype] = std::get<1>(number);
+    return {0, pointer<void>(address), dtype};
 }
+
+mbf::Problem problem(int64_t count, int64_t fisher, int64_t factor, int64_t info, int64_t skipped,
+                     const Number& momentum_weight, const Number& fisher_weight, const View& grad, const View& rhs,
+                     const View& out) {
+    return {count,
+            pointer<void>(fisher),
+            pointer<void>(factor),
+            pointer<int32_t>(info),
+            pointer<int64_t>(skipped),
+            scalar(momentum_weight),
+            scalar(fisher_weight),
+            block_view(grad),
+            block_view(rhs),
+            block_view(out)};
+}
+
 
 }  // namespace
 
@@ -53,16 +75,16 @@ PYBIND11_MODULE(_C, m) {
 
     py::class_<mbf::Problem>(m, "Problem")
         .def(py::init(&problem), py::kw_only(), py::arg("count"), py::arg("fisher") = 0, py::arg("factor") = 0,
-             py::arg("info") = 0, py::arg("skipped") = 0, py::arg("momentum_scale") = 1.0,
-             py::arg("fisher_scale") = 1.0, py::arg("grad") = py::none(), py::arg("rhs") = py::none(),
+             py::arg("info") = 0, py::arg("skipped") = 0, py::arg("momentum_weight") = 1.0,
+             py::arg("fisher_weight") = 1.0, py::arg("grad") = py::none(), py::arg("rhs") = py::none(),
              py::arg("out") = py::none());
 
     py::class_<mbf::Parameters>(m, "Parameters")
-        .def(py::init([](double lr, double momentum, double decay, double damping, double weight_decay, double eps,
-                         bool relative, bool graft, bool nesterov, bool maximize, bool update, bool refactor,
-                         int64_t rhs_count) {
-                 return mbf::Parameters{lr,    momentum, decay,    damping, weight_decay, eps,      relative,
-                                        graft, nesterov, maximize, update,  refactor,     rhs_count};
+        .def(py::init([](const Number& lr, double momentum, double decay, const Number& damping, double weight_decay,
+                         double eps, bool relative, bool graft, bool nesterov, bool maximize, bool update,
+                         bool refactor, int64_t rhs_count) {
+                 return mbf::Parameters{scalar(lr), scalar(damping), momentum, decay,    weight_decay, eps,      relative,
+                                        graft,      nesterov,        maximize, update,   refactor,     rhs_count};
              }),
              py::kw_only(), py::arg("lr") = 0.0, py::arg("momentum") = 0.0, py::arg("decay") = 0.0,
              py::arg("damping") = 0.0, py::arg("weight_decay") = 0.0, py::arg("eps") = 0.0, py::arg("relative") = false,
@@ -74,4 +96,22 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_isas", &mbf::cpu::supported_isas);
     m.def("cpu_isa", &mbf::cpu::isa);
     m.def("set_cpu_isa", &mbf::cpu::set_isa, py::arg("name"));
+
+    py::enum_<mbf::Mapping>(m, "Mapping")
+        .value("auto", mbf::Mapping::kAuto)
+        .value("thread", mbf::Mapping::kThread)
+        .value("group", mbf::Mapping::kGroup)
+        .value("block", mbf::Mapping::kBlock);
+#ifdef MBF_WITH_CUDA
+    m.def("cuda_launch", &mbf::cuda::launch, py::arg("op"), py::arg("dtype"), py::arg("size"), py::arg("problems"),
+          py::arg("parameters"), py::arg("device"), py::arg("stream"), py::arg("mapping"),
+          py::call_guard<py::gil_scoped_release>());
+    m.attr("CUDA_ARCHITECTURES") = MBF_WITH_CUDA;
+#endif
+#ifdef MBF_WITH_EMULATOR
+    m.def("emulated_launch", &mbf::emulated::launch, py::arg("op"), py::arg("dtype"), py::arg("size"),
+          py::arg("problems"), py::arg("parameters"), py::arg("device"), py::arg("stream"), py::arg("mapping"),
+          py::call_guard<py::gil_scoped_release>());
+    m.def("set_emulated_schedule", &emulator::set_schedule, py::arg("seed"));
+#endif
 }

@@ -9,30 +9,31 @@
 #include <stdint.h>
 
 #include "block_sizes.def"
+#include "host_device.h"
 
 namespace mbf {
 
 constexpr int kTileBlocks = 32;
 
-static constexpr bool is_tiled(int n) {
+MBF_HOST_DEVICE static constexpr bool is_tiled(int n) {
     return n <= MBF_MAX_TILED_SIZE;
 }
 
-static constexpr int triangle_size(int n) {
+MBF_HOST_DEVICE static constexpr int triangle_size(int n) {
     return n * (n + 1) / 2;
 }
 
-static constexpr int padded_triangle_size(int n) {
+MBF_HOST_DEVICE static constexpr int padded_triangle_size(int n) {
     return (triangle_size(n) + 3) / 4 * 4;
 }
 
 // Scalars between consecutive entries of one block's triangle.
-static constexpr int64_t entry_stride(int n) {
+MBF_HOST_DEVICE static constexpr int64_t entry_stride(int n) {
     return is_tiled(n) ? kTileBlocks : 1;
 }
 
 // Offset of the first entry of block b.
-static constexpr int64_t block_offset(int n, int64_t b) {
+MBF_HOST_DEVICE static constexpr int64_t block_offset(int n, int64_t b) {
     return is_tiled(n) ? b / kTileBlocks * triangle_size(n) * kTileBlocks + b % kTileBlocks
                        : b * padded_triangle_size(n);
 }

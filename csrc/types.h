@@ -3,18 +3,23 @@
 
 #include <stdint.h>
 
+#include "host_device.h"
+
 namespace mbf {
 
 enum class DType : int { kFloat32 = 0, kFloat64 = 1 };
 
 enum class Op : int { kAccumulate = 0, kFactor = 1, kSolve = 2, kFused = 3, kStep = 4 };
 
+// How a GPU maps a block to threads: one thread each, a group of lanes of a warp, a whole thread block.
+enum class Mapping : int { kAuto = 0, kThread = 1, kGroup = 2, kBlock = 3 };
+
 // One level of a mini-block's address: index i lies at (i / inner_count) * outer + (i % inner_count) * inner.
 struct Strides {
     int64_t inner_count, outer, inner;  // strides in elements, not bytes
 };
 
-static inline int64_t offset(const Strides& s, int64_t i) {
+MBF_HOST_DEVICE static inline int64_t offset(const Strides& s, int64_t i) {
     return i / s.inner_count * s.outer + i % s.inner_count * s.inner;
 }
 
@@ -25,22 +30,31 @@ struct BlockView {
     Strides block, element;
 };
 
+// A number: of the host, or one that the device holds and reads when the kernel runs, so that a captured graph
+// follows its changes. The CPU kernels take `value` alone.
+struct Scalar {
+    double value;
+    const void* device;  // null: `value` counts
+    DType dtype;         // of what `device` points to
+};
+
 // One tensor of a launch. Pointers that an op does not use are null.
 struct Problem {
-    int64_t count;                        // B
-    void* fisher;                         // F, in the storage of layout.h
-    void* factor;                         // L, likewise
-    int32_t* info;                        // [B], LAPACK meaning
-    int64_t* skipped;                     // incremented by the number of bad blocks
-    double momentum_scale, fisher_scale;  // (1-mu)/(1-mu^t) and 1/(1-beta^t): they undo the zero start
-    BlockView grad;                       // g
-    BlockView rhs;                        // right-hand side of a solve; the momentum M of a step
-    BlockView out;                        // solution x; the weights W of a step
+    int64_t count;                          // B
+    void* fisher;                           // F, in the storage of layout.h
+    void* factor;                           // L, likewise
+    int32_t* info;                          // [B], LAPACK meaning
+    int64_t* skipped;                       // incremented by the number of bad blocks
+    Scalar momentum_weight, fisher_weight;  // 1 - mu^t and 1 - beta^t: divided by, they undo the zero start
+    BlockView grad;                         // g
+    BlockView rhs;                          // right-hand side of a solve; the momentum M of a step
+    BlockView out;                          // solution x; the weights W of a step
 };
 
 // What all tensors of a launch share.
 struct Parameters {
-    double lr, momentum, decay, damping, weight_decay, eps;
+    Scalar lr, damping;
+    double momentum, decay, weight_decay, eps;
     bool relative;                   // damping is a multiple of trace(F)/n
     bool graft, nesterov, maximize;  // the forms of a step
     bool update;                     // F <- decay F + (1-decay) g g^T before a step uses it

@@ -8,23 +8,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from types import ModuleType
+from typing import Any
 
 import torch
 
-from . import native, reference
+from . import native, reference, triton_ops
 
 NAMES = ("reference", "cpu", "cuda", "triton", "emulated")
-_NOT_WRITTEN = "this version has no such kernels yet"
 _forced: ContextVar[str | None] = ContextVar("mbf_kernels_backend", default=None)
 
 
 def backends() -> dict[str, str]:
     """Every backend by name: "available", or the reason why it is not."""
-    status = dict.fromkeys(NAMES, _NOT_WRITTEN)
-    status["reference"] = "available"
-    status["cpu"] = native.UNAVAILABLE or "available"
-    return status
+    reasons = {
+        "reference": None,
+        "cpu": native.UNAVAILABLE,
+        "cuda": native.cuda_unavailable(),
+        "triton": triton_ops.unavailable(),
+        "emulated": native.emulated_unavailable(),
+    }
+    return {name: reasons[name] or "available" for name in NAMES}
 
 
 @contextmanager
@@ -47,24 +50,53 @@ def _require(name: str) -> None:
         raise RuntimeError(f"use_backend: {name!r} is not available: {status[name]}")
 
 
-def choose(op: str, device: torch.device, size: int) -> ModuleType:
-    """The module that runs ``op`` on blocks of ``size``. Blocks above 128 always go to the reference."""
+def choose(op: str, device: torch.device, size: int) -> Any:
+    """What runs ``op`` on blocks of ``size``: the five functions of ``reference``. Blocks above 128 always go to the
+    reference."""
     name = _forced.get() or os.environ.get("MBF_BACKEND")
     if name:
         _require(name)
-        if name == "cpu" and device.type != "cpu":
-            raise ValueError(f"{op}: backend 'cpu' expected tensors on the CPU, got them on {device}")
-    elif device.type == "cpu" and native.UNAVAILABLE:
-        _warn_once()
-    native_cpu = name == "cpu" or (not name and device.type == "cpu" and not native.UNAVAILABLE)
-    return native if native_cpu and size <= native.MAX_SIZE else reference
+        _require_device(op, name, device)
+    else:
+        name = _fastest(device, size)
+    return _implementation(name) if name == "triton" or size <= native.MAX_SIZE else reference
 
 
-@lru_cache(maxsize=1)
-def _warn_once() -> None:
+def _fastest(device: torch.device, size: int) -> str:
+    if device.type == "cpu":
+        if native.UNAVAILABLE:
+            _warn_once(native.UNAVAILABLE)
+        return "reference" if native.UNAVAILABLE else "cpu"
+    if device.type != "cuda":
+        return "reference"
+    if not native.cuda_unavailable():
+        return "cuda"
+    if not triton_ops.unavailable() and size <= triton_ops.MAX_SIZE:
+        return "triton"
+    _warn_once(native.cuda_unavailable())
+    return "reference"
+
+
+def _require_device(op: str, name: str, device: torch.device) -> None:
+    on_cpu = name in ("cpu", "emulated") or (name == "triton" and triton_ops.is_interpreted())
+    if name != "reference" and device.type != ("cpu" if on_cpu else "cuda"):
+        where = "on the CPU" if on_cpu else "on a GPU"
+        raise ValueError(f"{op}: backend {name!r} expected tensors {where}, got them on {device}")
+
+
+def _implementation(name: str) -> Any:
+    if name == "reference":
+        return reference
+    if name == "triton":
+        return triton_ops
+    return {"cpu": native.CPU, "cuda": native.CUDA, "emulated": native.EMULATED}[name]
+
+
+@lru_cache(maxsize=8)
+def _warn_once(reason: str) -> None:
     warnings.warn(
-        f"mbf_kernels: {native.UNAVAILABLE}; torch.linalg serves instead, which is much slower. "
-        "Reinstall with a C++ compiler to get the kernels; `python -m mbf_kernels` tells what was found.",
+        f"mbf_kernels: {reason}; torch.linalg serves instead, which is much slower. "
+        "`python -m mbf_kernels` tells what was found and docs/guide.md how to build the kernels.",
         RuntimeWarning,
         stacklevel=2,
     )

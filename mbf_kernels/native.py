@@ -1,19 +1,22 @@
-"""The native CPU kernels: hands the addresses and strides of checked tensors to ``_C``.
+"""The native kernels, of CPUs and of GPUs: hands the addresses and strides of checked tensors to ``_C``.
 
-Same functions as ``reference``. Gradients, momenta and weights are read and written where they are; only a
-layout with more than two levels of strides per block or per element goes through a copy.
+``CPU``, ``CUDA`` and ``EMULATED`` have the functions of ``reference``. Gradients, momenta and weights are read and
+written where they are; only a layout with more than two levels of strides per block or per element goes through a copy.
+Numbers that live on a GPU (learning rate, damping, bias corrections) are read there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .blocks import SymmetricBlocks
+from .blocks import MAX_TILED_SIZE, TILE_BLOCKS, SymmetricBlocks, triangle_size
 from .options import StepOptions
 
 try:
@@ -25,6 +28,25 @@ else:
     UNAVAILABLE = None
 
 MAX_SIZE = _C.MAX_SIZE if _C else 0
+
+
+@lru_cache(maxsize=1)
+def cuda_unavailable() -> str | None:
+    """Why the CUDA kernels cannot run here; None if they can."""
+    if UNAVAILABLE:
+        return UNAVAILABLE
+    if torch.version.hip:
+        return "this torch is for AMD GPUs: use the triton backend"
+    if not hasattr(_C, "cuda_launch"):
+        return "the native kernels were built without CUDA (no nvcc was found, or MBF_CUDA=OFF)"
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def emulated_unavailable() -> str | None:
+    """Why the CUDA kernels cannot be emulated here; None if they can."""
+    if UNAVAILABLE:
+        return UNAVAILABLE
+    return None if hasattr(_C, "emulated_launch") else "the native kernels were built without the emulator (MBF_EMULATOR=OFF)"
 
 
 def cpu_isas() -> list[str]:
@@ -42,82 +64,145 @@ def set_cpu_isa(name: str) -> None:
     _C.set_cpu_isa(name)
 
 
-def accumulate_(fisher: SymmetricBlocks, g: Tensor, decay: float) -> None:
-    if len(g) > 1:  # a Gram matrix over many samples is a matrix product: torch's
-        return reference.accumulate_(fisher, g, decay)
-    grad = _View(g[0], fisher.size)
-    problem = _C.Problem(count=fisher.count, fisher=fisher.data.data_ptr(), grad=grad.native)
-    _launch(_C.Op.accumulate_, fisher, [problem], decay=decay)
+def set_emulated_schedule(seed: int) -> None:
+    """The order in which the emulator runs threads between barriers: 0 ascending, 1 descending, else shuffled."""
+    _C.set_emulated_schedule(seed)
 
 
-def factor(fisher: SymmetricBlocks, damping: float, relative: bool) -> tuple[SymmetricBlocks, Tensor]:
-    lower = SymmetricBlocks(torch.zeros_like(fisher.data), fisher.count, fisher.size)
-    info = _new_info(fisher.data, fisher.count)
-    problem = _C.Problem(
-        count=fisher.count, fisher=fisher.data.data_ptr(), factor=lower.data.data_ptr(), info=info.data_ptr()
-    )
-    _launch(_C.Op.factor, fisher, [problem], damping=damping, relative=relative)
-    return lower, info
+_mapping: ContextVar[str] = ContextVar("mbf_kernels_cuda_mapping", default="auto")
 
 
-def solve(factor: SymmetricBlocks, rhs: Tensor) -> Tensor:
-    rhs = rhs.contiguous()
-    x = torch.empty_like(rhs)
-    problem = _C.Problem(count=factor.count, factor=factor.data.data_ptr(), rhs=_columns(rhs), out=_columns(x))
-    _launch(_C.Op.solve, factor, [problem], rhs_count=rhs.shape[2])
-    return x
+@contextmanager
+def cuda_mapping(name: str | None) -> Iterator[None]:
+    """Inside the ``with`` block, CUDA kernels (emulated ones too) map a block of any size to one ``"thread"`` (n <= 20;
+    float64: n <= 12), a ``"group"`` of lanes (n <= 64) or a thread ``"block"``; None: what is fastest for the size. An op
+    on a size that the mapping does not serve raises ValueError. For tests and benchmarks."""
+    if name not in (None, "thread", "group", "block"):
+        raise ValueError(f'cuda_mapping: expected "thread", "group", "block" or None, got {name!r}')
+    token = _mapping.set(name or "auto")
+    try:
+        yield
+    finally:
+        _mapping.reset(token)
 
 
-def accumulate_factor_solve_(
-    fisher: SymmetricBlocks, g: Tensor, rhs: Tensor, decay: float, damping: float, relative: bool
-) -> tuple[Tensor, Tensor]:
-    x = torch.empty(rhs.shape, dtype=rhs.dtype, device=rhs.device)
-    info = _new_info(fisher.data, fisher.count)
-    views = [_View(tensor, fisher.size) for tensor in (g, rhs, x)]
-    problem = _C.Problem(
-        count=fisher.count, fisher=fisher.data.data_ptr(), info=info.data_ptr(),
-        grad=views[0].native, rhs=views[1].native, out=views[2].native,
-    )  # fmt: skip
-    _launch(_C.Op.accumulate_factor_solve_, fisher, [problem], decay=decay, damping=damping, relative=relative)
-    return x, info
+def _launch_cpu(op: _C.Op, dtype: _C.DType, blocks: SymmetricBlocks, problems: list, parameters: _C.Parameters) -> None:
+    _C.cpu_launch(op, dtype, blocks.size, problems, parameters, torch.get_num_threads())
 
 
-def mbf_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    fishers: Sequence[SymmetricBlocks],
-    factors: Sequence[SymmetricBlocks],
-    skipped: Sequence[Tensor],
-    momentum_weights: Sequence[float],
-    fisher_weights: Sequence[float],
-    options: StepOptions,
-) -> Tensor:
-    size = fishers[0].size
-    info = _new_info(fishers[0].data, sum(fisher.count for fisher in fishers))
-    info_address = info.data_ptr()
-    problems, written = [], []
-    for i, fisher in enumerate(fishers):
-        grad, momentum, param = (_View(tensor, size) for tensor in (grads[i], momenta[i], params[i]))
-        written += [momentum, param]
+def _launch_cuda(op: _C.Op, dtype: _C.DType, blocks: SymmetricBlocks, problems: list, parameters: _C.Parameters) -> None:
+    device = blocks.data.device
+    stream = torch.cuda.current_stream(device).cuda_stream
+    mapping = getattr(_C.Mapping, _mapping.get())
+    _C.cuda_launch(op, dtype, blocks.size, problems, parameters, device.index, stream, mapping)
+
+
+def _launch_emulated(
+    op: _C.Op, dtype: _C.DType, blocks: SymmetricBlocks, problems: list, parameters: _C.Parameters
+) -> None:
+    _C.emulated_launch(op, dtype, blocks.size, problems, parameters, 0, 0, getattr(_C.Mapping, _mapping.get()))
+
+
+class Native:
+    """The five ops over one kind of kernels."""
+
+    def __init__(self, launch: Callable[..., None], reads_device_numbers: bool):
+        self._start = launch
+        self._reads_device_numbers = reads_device_numbers
+
+    def accumulate_(self, fisher: SymmetricBlocks, g: Tensor, decay: float) -> None:
+        if len(g) > 1:  # a Gram matrix over many samples is a matrix product: torch's
+            return reference.accumulate_(fisher, g, decay)
+        grad = _View(g[0], fisher.size)
+        problem = _C.Problem(count=fisher.count, fisher=_address(fisher), grad=grad.native)
+        self._launch(_C.Op.accumulate_, fisher, [problem], decay=decay)
+
+    def factor(
+        self, fisher: SymmetricBlocks, damping: float | Tensor, relative: bool
+    ) -> tuple[SymmetricBlocks, Tensor]:
+        lower = _new_factor(fisher)
+        info = _new_info(fisher.data, fisher.count)
         problem = _C.Problem(
-            count=fisher.count,
-            fisher=fisher.data.data_ptr(),
-            factor=factors[i].data.data_ptr() if factors else 0,
-            info=info_address,
-            skipped=skipped[i].data_ptr() if skipped else 0,
-            momentum_scale=(1 - options.momentum) / momentum_weights[i],
-            fisher_scale=1 / fisher_weights[i],
-            grad=grad.native,
-            rhs=momentum.native,
-            out=param.native,
+            count=fisher.count, fisher=_address(fisher), factor=_address(lower), info=info.data_ptr()
         )
-        problems.append(problem)
-        info_address += fisher.count * info.element_size()
-    _launch(_C.Op.mbf_step_, fishers[0], problems, **vars(options))
-    for view in written:
-        view.write_back()
-    return info
+        self._launch(_C.Op.factor, fisher, [problem], damping=self._number(damping), relative=relative)
+        return lower, info
+
+    def solve(self, factor: SymmetricBlocks, rhs: Tensor) -> Tensor:
+        rhs = rhs.contiguous()
+        x = torch.empty_like(rhs)
+        problem = _C.Problem(count=factor.count, factor=_address(factor), rhs=_columns(rhs), out=_columns(x))
+        self._launch(_C.Op.solve, factor, [problem], rhs_count=rhs.shape[2])
+        return x
+
+    def accumulate_factor_solve_(
+        self, fisher: SymmetricBlocks, g: Tensor, rhs: Tensor, decay: float, damping: float | Tensor, relative: bool
+    ) -> tuple[Tensor, Tensor]:
+        x = torch.empty(rhs.shape, dtype=rhs.dtype, device=rhs.device)
+        info = _new_info(fisher.data, fisher.count)
+        views = [_View(tensor, fisher.size) for tensor in (g, rhs, x)]
+        problem = _C.Problem(
+            count=fisher.count, fisher=_address(fisher), info=info.data_ptr(),
+            grad=views[0].native, rhs=views[1].native, out=views[2].native,
+        )  # fmt: skip
+        self._launch(
+            _C.Op.accumulate_factor_solve_, fisher, [problem],
+            decay=decay, damping=self._number(damping), relative=relative,
+        )  # fmt: skip
+        return x, info
+
+    def mbf_step_(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        momenta: Sequence[Tensor],
+        fishers: Sequence[SymmetricBlocks],
+        factors: Sequence[SymmetricBlocks],
+        skipped: Sequence[Tensor],
+        momentum_weights: Sequence[float] | Sequence[Tensor],
+        fisher_weights: Sequence[float] | Sequence[Tensor],
+        options: StepOptions,
+    ) -> Tensor:
+        size = fishers[0].size
+        info = _new_info(fishers[0].data, sum(fisher.count for fisher in fishers))
+        info_address = info.data_ptr()
+        problems, written = [], []
+        for i, fisher in enumerate(fishers):
+            grad, momentum, param = (_View(tensor, size) for tensor in (grads[i], momenta[i], params[i]))
+            written += [momentum, param]
+            problem = _C.Problem(
+                count=fisher.count,
+                fisher=_address(fisher),
+                factor=_address(factors[i]) if factors else 0,
+                info=info_address,
+                skipped=skipped[i].data_ptr() if skipped else 0,
+                momentum_weight=self._number(momentum_weights[i]),
+                fisher_weight=self._number(fisher_weights[i]),
+                grad=grad.native,
+                rhs=momentum.native,
+                out=param.native,
+            )
+            problems.append(problem)
+            info_address += fisher.count * info.element_size()
+        parameters = vars(options) | {"lr": self._number(options.lr), "damping": self._number(options.damping)}
+        self._launch(_C.Op.mbf_step_, fishers[0], problems, **parameters)
+        for view in written:
+            view.write_back()
+        return info
+
+    def _launch(self, op: _C.Op, blocks: SymmetricBlocks, problems: list[_C.Problem], **parameters) -> None:
+        self._start(op, _dtype(blocks.dtype), blocks, problems, _C.Parameters(**parameters))
+
+    def _number(self, value: float | Tensor) -> float | tuple[int, _C.DType]:
+        """A number as ``_C`` takes it: by value, or by its address on the device."""
+        if isinstance(value, Tensor) and self._reads_device_numbers:
+            return value.data_ptr(), _dtype(value.dtype)
+        return float(value)
+
+
+CPU = Native(_launch_cpu, reads_device_numbers=False)
+CUDA = Native(_launch_cuda, reads_device_numbers=True)
+EMULATED = Native(_launch_emulated, reads_device_numbers=True)
 
 
 class _View:
@@ -174,6 +259,25 @@ def _new_info(like: Tensor, count: int) -> Tensor:
     return torch.empty(count, dtype=torch.int32, device=like.device)
 
 
-def _launch(op: _C.Op, blocks: SymmetricBlocks, problems: list[_C.Problem], **parameters) -> None:
-    dtype = _C.DType.float32 if blocks.dtype == torch.float32 else _C.DType.float64
-    _C.cpu_launch(op, dtype, blocks.size, problems, _C.Parameters(**parameters), torch.get_num_threads())
+def _new_factor(fisher: SymmetricBlocks) -> SymmetricBlocks:
+    """Storage for L: the kernels write its blocks, this its padding."""
+    data = torch.empty_like(fisher.data)
+    if fisher.size > MAX_TILED_SIZE:
+        data[:, triangle_size(fisher.size) :].zero_()
+    elif fisher.count % TILE_BLOCKS:
+        data[-1].zero_()
+    return SymmetricBlocks(data, fisher.count, fisher.size)
+
+
+def _address(blocks: SymmetricBlocks) -> int:
+    address = blocks.data.data_ptr()
+    if address % 16:
+        raise ValueError(
+            f"mbf_kernels: expected the storage of SymmetricBlocks to start at a multiple of 16 bytes, got a view that "
+            f"starts {address % 16} bytes after one: clone() it"
+        )
+    return address
+
+
+def _dtype(dtype: torch.dtype) -> _C.DType:
+    return _C.DType.float32 if dtype == torch.float32 else _C.DType.float64

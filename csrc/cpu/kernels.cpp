@@ -73,7 +73,7 @@ private:
         load_triangle<N, S, kParts>(s.f, fisher, n(), group);
         grad.load(s.g, group);
         accumulate_gradient();
-        const V bad = poison_of_diagonal<N>(s.f, n());
+        const V bad = poison_of_diagonal<N, V>(s.f, n());
         store_triangle<N, S, kParts>(s.f, fisher, n(), group, bad);
     }
 
@@ -179,9 +179,9 @@ private:
     // A <- L with L L^T = F + lambda I. `zero_block_lambda`: the damping of a block whose trace is zero, when
     // damping is relative.
     MBF_SHARED void factor_damped(S zero_block_lambda) const {
-        V lambda = V{} + S(q.damping);
+        V lambda = V{} + S(q.damping.value);
         if (q.relative) {
-            const V t = trace<N>(s.f, n());
+            const V t = trace<N, V>(s.f, n());
             lambda = select(t > V{}, lambda * (t / S(n())), V{} + zero_block_lambda);
         }
         factor<N, kTile>(s.a, s.inverse, s.f, lambda, n());
@@ -218,11 +218,13 @@ private:
 
     // W <- (1 - lr weight_decay) W - lr P, or lr (|u| / |P|) P when grafted.
     void move_weights() const {
-        V rate = V{} + S(q.lr);
-        if (q.graft)
-            rate =
-                rate * graft_scale<N>(s.f, s.d, s.x, S(problem.momentum_scale), S(problem.fisher_scale), S(q.eps), n());
-        const S shrink = 1 - q.lr * q.weight_decay;
+        V rate = V{} + S(q.lr.value);
+        if (q.graft) {
+            const S momentum_scale = (1 - q.momentum) / problem.momentum_weight.value;
+            const S fisher_scale = 1 / problem.fisher_weight.value;
+            rate = rate * graft_scale<N>(s.f, s.d, s.x, momentum_scale, fisher_scale, S(q.eps), n());
+        }
+        const S shrink = 1 - q.lr.value * q.weight_decay;
         for (int k = 0; k < n(); ++k) s.w[k] = shrink * s.w[k] - rate * s.x[k];
     }
 

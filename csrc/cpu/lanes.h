@@ -16,6 +16,7 @@
 #define MBF_SHARED __attribute__((noinline))  // one copy for all ops of a size: half the code, the same speed
 #define MBF_RESTRICT __restrict
 #define MBF_UNROLL _Pragma("GCC unroll 20")
+#define MBF_UNROLL_IN_REGISTERS
 
 namespace mbf {
 namespace {

@@ -1,0 +1,86 @@
+#include "launch.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "mappings.def"
+
+namespace mbf::MBF_GPU {
+namespace {
+
+const char* name_of(Op op) {
+    switch (op) {
+        case Op::kAccumulate: return "accumulate_";
+        case Op::kFactor: return "factor";
+        case Op::kSolve: return "solve";
+        case Op::kFused: return "accumulate_factor_solve_";
+        case Op::kStep: return "mbf_step_";
+    }
+    return "unknown op";
+}
+
+void check(Op op, cudaError_t error, const char* doing) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // so that the error does not show up in somebody else's call
+    throw std::runtime_error(std::string(name_of(op)) + ": CUDA error " + cudaGetErrorName(error) + " (" +
+                             cudaGetErrorString(error) + ") while " + doing);
+}
+
+// Makes a device current, and the caller's again afterwards.
+class DeviceGuard {
+public:
+    DeviceGuard(Op op, int device) {
+        check(op, cudaGetDevice(&previous_), "asking for the current device");
+        changed_ = device != previous_;
+        if (changed_) check(op, cudaSetDevice(device), "making the device current");
+    }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(previous_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+private:
+    int previous_ = 0;
+    bool changed_ = false;
+};
+
+#define MBF_LAST(N, PR, PC, teams) last = N;
+int largest_size(DType dtype, Mapping mapping) {
+    const bool is_float = dtype == DType::kFloat32;
+    if (mapping == Mapping::kThread) return is_float ? MBF_MAX_THREAD_FLOAT : MBF_MAX_THREAD_DOUBLE;
+    int last = 0;
+    if (mapping == Mapping::kGroup && is_float) { MBF_FOR_EACH_GROUP_FLOAT(MBF_LAST) }
+    if (mapping == Mapping::kGroup && !is_float) { MBF_FOR_EACH_GROUP_DOUBLE(MBF_LAST) }
+    if (mapping == Mapping::kBlock && is_float) { MBF_FOR_EACH_BLOCK_FLOAT(MBF_LAST) }
+    if (mapping == Mapping::kBlock && !is_float) { MBF_FOR_EACH_BLOCK_DOUBLE(MBF_LAST) }
+    return last;
+}
+#undef MBF_LAST
+
+Entry entry_of(DType dtype, int n, Mapping wanted) {
+    static constexpr Entry kEntries[][2] = {
+        {thread_float, thread_double}, {group_float, group_double}, {block_float, block_double}};
+    for (const Mapping mapping : {Mapping::kThread, Mapping::kGroup, Mapping::kBlock}) {
+        const bool asked = wanted == Mapping::kAuto || wanted == mapping;
+        if (asked && n <= largest_size(dtype, mapping))
+            return kEntries[static_cast<int>(mapping) - 1][static_cast<int>(dtype)];
+    }
+    throw std::invalid_argument("this mapping of blocks to threads does not serve blocks of size " +
+                                std::to_string(n) + (dtype == DType::kFloat32 ? " in float32" : " in float64"));
+}
+
+}  // namespace
+
+void launch(Op op, DType dtype, int n, const std::vector<Problem>& problems, const Parameters& parameters, int device,
+            uintptr_t stream, Mapping mapping) {
+    const Entry entry = entry_of(dtype, n, mapping);
+    const DeviceGuard guard(op, device);
+    check(op,
+          entry(op, n, problems.data(), static_cast<int>(problems.size()), parameters,
+                reinterpret_cast<cudaStream_t>(stream)),
+          "launching the kernel");
+}
+
+}  // namespace mbf::MBF_GPU
