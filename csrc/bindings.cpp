@@ -56,7 +56,6 @@ mbf::Problem problem(int64_t count, int64_t fisher, int64_t factor, int64_t info
             block_view(out)};
 }
 
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -83,8 +82,8 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init([](const Number& lr, double momentum, double decay, const Number& damping, double weight_decay,
                          double eps, bool relative, bool graft, bool nesterov, bool maximize, bool update,
                          bool refactor, int64_t rhs_count) {
-                 return mbf::Parameters{scalar(lr), scalar(damping), momentum, decay,    weight_decay, eps,      relative,
-                                        graft,      nesterov,        maximize, update,   refactor,     rhs_count};
+                 return mbf::Parameters{scalar(lr), scalar(damping), momentum, decay,  weight_decay, eps,      relative,
+                                        graft,      nesterov,        maximize, update, refactor,     rhs_count};
              }),
              py::kw_only(), py::arg("lr") = 0.0, py::arg("momentum") = 0.0, py::arg("decay") = 0.0,
              py::arg("damping") = 0.0, py::arg("weight_decay") = 0.0, py::arg("eps") = 0.0, py::arg("relative") = false,

@@ -4,7 +4,8 @@
 // mini-blocks side by side on a CPU core). S is its scalar. N is the block size when it is compiled in,
 // 0 when it is only known at run time (then the argument n holds it). Triangles are packed row-major.
 //
-// F, L and the inverses I are anything indexable: a V*, or a view of memory that holds one lane's entries some way apart.
+// F, L and the inverses I are anything indexable: a V*, or a view of memory that holds one lane's entries some way
+// apart.
 //
 // The includer defines first: MBF_FN (function qualifiers), MBF_UNROLL (unrolls the next loop), MBF_UNROLL_IN_REGISTERS
 // (likewise, where only arrays kept in registers need it), MBF_RESTRICT, `V square_root(V)` and

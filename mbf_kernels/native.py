@@ -210,9 +210,9 @@ class _View:
 
     def __init__(self, tensor: Tensor, n: int):
         self.tensor = tensor
-        strides = _block_strides(tuple(tensor.shape), tensor.stride(), n)
+        strides = block_strides(tuple(tensor.shape), tensor.stride(), n)
         self.staged = tensor if strides else tensor.contiguous()
-        strides = strides or _block_strides(tuple(tensor.shape), self.staged.stride(), n)
+        strides = strides or block_strides(tuple(tensor.shape), self.staged.stride(), n)
         self.native = (self.staged.data_ptr(), *strides)
 
     def write_back(self) -> None:
@@ -221,7 +221,7 @@ class _View:
 
 
 @lru_cache(maxsize=4096)
-def _block_strides(
+def block_strides(
     shape: tuple[int, ...], strides: tuple[int, ...], n: int
 ) -> tuple[int, int, int, int, int, int] | None:
     """(inner count, outer stride, inner stride) of the blocks and of their elements, where the trailing

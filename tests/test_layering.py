@@ -89,7 +89,7 @@ def test_numerics_includes_nothing():
 @pytest.mark.parametrize("name", ["layout.h", "types.h"])
 def test_the_plain_headers_know_neither_backends_nor_libraries(name):
     local, system = closure(CSRC / name)
-    assert local <= {CSRC / "block_sizes.def", CSRC / "layout.h", CSRC / "types.h"}
+    assert local <= {CSRC / other for other in ("block_sizes.def", "host_device.h", "layout.h", "types.h")}
     assert system <= {"stdint.h", "stddef.h"}
 
 
@@ -108,6 +108,15 @@ def test_the_kernels_include_no_code_of_the_standard_library():
         local, system = closure(path)
         assert all(name.endswith(".h") or name in compile_time_only for name in system), system
         assert not any(p.name in ("dispatch.h", "parallel.h") for p in local)
+
+
+def test_the_gpu_kernels_are_plain_enough_to_be_emulated():
+    """No launch syntax, no inline assembly; of the toolkit only the headers that the emulator has too."""
+    for path in (CSRC / "cuda").iterdir():
+        text = path.read_text()
+        assert "<<<" not in text and "asm" not in text, path
+        toolkit = {name for name in includes(path) if name.startswith("cuda")}
+        assert all((CSRC / "emulator" / name).exists() for name in toolkit), toolkit
 
 
 def test_every_source_includes_its_own_header_first():
@@ -134,7 +143,7 @@ def test_compiled_sizes_come_from_one_list():
         text = path.read_text()
         if path.name != "block_sizes.def":
             assert not re.search(r"\bcase\s+\d+\s*:", text), path
-            assert "#define MBF_FOR_EACH_SIZE" not in text and "#define MBF_MAX" not in text, path
+            assert not re.search(r"#define MBF_(FOR_EACH_SIZE|MAX_TILED_SIZE|MAX_SIZE)", text), path
             assert not re.search(r"^\s*template\s+\w.*<\s*\d+", text, re.MULTILINE), path
     limits = dict(re.findall(r"#define (MBF_MAX\w+) (\d+)", (CSRC / "block_sizes.def").read_text()))
     assert int(limits["MBF_MAX_TILED_SIZE"]) == blocks.MAX_TILED_SIZE

@@ -15,8 +15,9 @@ namespace mbf::MBF_GPU {
 using Entry = cudaError_t (*)(Op op, int n, const Problem* problems, int count, const Parameters& parameters,
                               cudaStream_t stream);
 
-#define MBF_DECLARE_ENTRY(name) \
-    cudaError_t name(Op op, int n, const Problem* problems, int count, const Parameters& parameters, cudaStream_t stream);
+#define MBF_DECLARE_ENTRY(name)                                                                      \
+    cudaError_t name(Op op, int n, const Problem* problems, int count, const Parameters& parameters, \
+                     cudaStream_t stream);
 MBF_DECLARE_ENTRY(thread_float)
 MBF_DECLARE_ENTRY(thread_double)
 MBF_DECLARE_ENTRY(group_float)

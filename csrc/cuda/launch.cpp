@@ -51,15 +51,23 @@ int largest_size(DType dtype, Mapping mapping) {
     const bool is_float = dtype == DType::kFloat32;
     if (mapping == Mapping::kThread) return is_float ? MBF_MAX_THREAD_FLOAT : MBF_MAX_THREAD_DOUBLE;
     int last = 0;
-    if (mapping == Mapping::kGroup && is_float) { MBF_FOR_EACH_GROUP_FLOAT(MBF_LAST) }
-    if (mapping == Mapping::kGroup && !is_float) { MBF_FOR_EACH_GROUP_DOUBLE(MBF_LAST) }
-    if (mapping == Mapping::kBlock && is_float) { MBF_FOR_EACH_BLOCK_FLOAT(MBF_LAST) }
-    if (mapping == Mapping::kBlock && !is_float) { MBF_FOR_EACH_BLOCK_DOUBLE(MBF_LAST) }
+    if (mapping == Mapping::kGroup && is_float) {
+        MBF_FOR_EACH_GROUP_FLOAT(MBF_LAST)
+    }
+    if (mapping == Mapping::kGroup && !is_float) {
+        MBF_FOR_EACH_GROUP_DOUBLE(MBF_LAST)
+    }
+    if (mapping == Mapping::kBlock && is_float) {
+        MBF_FOR_EACH_BLOCK_FLOAT(MBF_LAST)
+    }
+    if (mapping == Mapping::kBlock && !is_float) {
+        MBF_FOR_EACH_BLOCK_DOUBLE(MBF_LAST)
+    }
     return last;
 }
 #undef MBF_LAST
 
-Entry entry_of(DType dtype, int n, Mapping wanted) {
+Entry entry_of(Op op, DType dtype, int n, Mapping wanted) {
     static constexpr Entry kEntries[][2] = {
         {thread_float, thread_double}, {group_float, group_double}, {block_float, block_double}};
     for (const Mapping mapping : {Mapping::kThread, Mapping::kGroup, Mapping::kBlock}) {
@@ -67,15 +75,17 @@ Entry entry_of(DType dtype, int n, Mapping wanted) {
         if (asked && n <= largest_size(dtype, mapping))
             return kEntries[static_cast<int>(mapping) - 1][static_cast<int>(dtype)];
     }
-    throw std::invalid_argument("this mapping of blocks to threads does not serve blocks of size " +
-                                std::to_string(n) + (dtype == DType::kFloat32 ? " in float32" : " in float64"));
+    const char* scalar = dtype == DType::kFloat32 ? " of float32" : " of float64";
+    throw std::invalid_argument(std::string(name_of(op)) + ": expected a mapping that serves blocks of size " +
+                                std::to_string(n) + scalar + ", got one for at most " +
+                                std::to_string(largest_size(dtype, wanted)));
 }
 
 }  // namespace
 
 void launch(Op op, DType dtype, int n, const std::vector<Problem>& problems, const Parameters& parameters, int device,
             uintptr_t stream, Mapping mapping) {
-    const Entry entry = entry_of(dtype, n, mapping);
+    const Entry entry = entry_of(op, dtype, n, mapping);
     const DeviceGuard guard(op, device);
     check(op,
           entry(op, n, problems.data(), static_cast<int>(problems.size()), parameters,

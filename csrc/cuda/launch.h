@@ -12,10 +12,10 @@ namespace mbf {
 // Runs `op` on all problems, each a tensor's blocks of size n (1 .. MBF_MAX_SIZE), on a stream of a device; returns at
 // once. Throws std::invalid_argument where `mapping` does not serve n, std::runtime_error when a launch fails.
 // The files of this folder are built twice: for GPUs, and for the CPU threads of the emulator.
-#define MBF_DECLARE_LAUNCH(gpu)                                                                                 \
-    namespace gpu {                                                                                             \
+#define MBF_DECLARE_LAUNCH(gpu)                                                                                \
+    namespace gpu {                                                                                            \
     void launch(Op op, DType dtype, int n, const std::vector<Problem>& problems, const Parameters& parameters, \
-                int device, uintptr_t stream, Mapping mapping);                                                 \
+                int device, uintptr_t stream, Mapping mapping);                                                \
     }
 MBF_DECLARE_LAUNCH(cuda)
 MBF_DECLARE_LAUNCH(emulated)

@@ -11,12 +11,14 @@ namespace mbf {
 namespace {
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, 1) op_kernel(const __grid_constant__ OpTable table, Op op) {
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
+    op_kernel(const __grid_constant__ OpTable table, Op op) {
     Kernel(table.problems[0], table.parameters, table.n, blockIdx.x).run_op(op);
 }
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, 1) step_kernel(const __grid_constant__ StepTable table) {
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
+    step_kernel(const __grid_constant__ StepTable table) {
     const int p = problem_of(table, blockIdx.x);
     Kernel(table.problems[p], table.parameters, table.n, blockIdx.x - table.first_unit[p]).run_step();
 }

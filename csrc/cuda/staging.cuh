@@ -47,9 +47,9 @@ MBF_FN int64_t element_offset(const Strides& element, int k) {
     return k / count * element.outer + k % count * element.inner;
 }
 
-// Calls move(index in shared memory, address in global memory) for n elements of `active` <= kBlocks blocks, all threads
-// together. Neighbouring threads take neighbouring addresses: of one block where its elements are contiguous, of
-// consecutive blocks otherwise (channels_last).
+// Calls move(index in shared memory, address in global memory) for n elements of `active` <= kBlocks blocks, all
+// threads together. Neighbouring threads take neighbouring addresses: of one block where its elements are contiguous,
+// of consecutive blocks otherwise (channels_last).
 template <class S, int kBlocks, class Move>
 MBF_FN void for_each_element(const BlockView& view, int n, int64_t first, int active, Move move) {
     const BlockCursor blocks(view.block, first);

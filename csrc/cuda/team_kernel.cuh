@@ -28,6 +28,7 @@ class TeamKernel {
 public:
     static constexpr int kBlocks = kTeams;  // of a thread block
     static constexpr int kThreads = kTeams * kLanes;
+    static constexpr int kMinBlocks = 1;  // spills cost more than occupancy
     static size_t shared_bytes(int n) {
         const int scalars = padded_triangle_size(n) + 3 * vector_pitch(n) + kTeamScalars;
         return kTeams * (scalars * sizeof(S) + sizeof(int));
@@ -162,11 +163,10 @@ private:
         sync();
         if (q_.update || q_.refactor) take_fisher(q_.update);
         sync();
-        if (q_.refactor) {
+        if (q_.refactor)
             damp(S(1));
-        } else {
-            take(stored() + block_offset(n_, block()), entry_stride(n_));
-        }
+        else
+            take(stored() + block_offset(n_, block()), static_cast<int>(entry_stride(n_)));  // F keeps its place
         MBF_UNROLL
         for (int a = 0; a < kRows; ++a) {
             const int i = a * PR + r_;
@@ -185,6 +185,7 @@ private:
         if (lane_ == 0) report(problem_, block(), info);
         if (info) return;
         if (q_.update) store_triangle(fisher());
+        MBF_DO_NOT_UNROLL
         for (int k = lane_; k < n_; k += kLanes) {
             m[k] = momentum.next(m[k], g[k]);
             w[k] = rates.shrink * w[k] - rate * x[k];
@@ -213,7 +214,7 @@ private:
         });
     }
 
-    MBF_FN void take(const S* from, int64_t stride = 1) {
+    MBF_FN void take(const S* from, int stride = 1) {
         for_each_entry([&](S& entry, int i, int j, bool inside) {
             entry = inside ? from[(row(i) + j) * stride] : i == j ? S(1) : S(0);
         });
@@ -285,8 +286,7 @@ private:
                 if (kFactor) {
                     if (c_ == owner) {
                         MBF_UNROLL
-                        for (int a = a0; a < kRows; ++a)
-                            entries_[a][b] = a == a0 && r_ == pivot_row ? root : below[a];
+                        for (int a = a0; a < kRows; ++a) entries_[a][b] = a == a0 && r_ == pivot_row ? root : below[a];
                     }
                     MBF_UNROLL
                     for (int b2 = b; b2 < kCols; ++b2) {
@@ -294,8 +294,7 @@ private:
                         S across = column[(b2 % kFold * PC + c_) * kRows + b2 / kFold] * inverse;
                         if (b2 == b && c_ <= owner) across = 0;  // columns that are done
                         MBF_UNROLL
-                        for (int a = b2 / kFold; a < kRows; ++a)
-                            entries_[a][b2] = entries_[a][b2] - below[a] * across;
+                        for (int a = b2 / kFold; a < kRows; ++a) entries_[a][b2] = entries_[a][b2] - below[a] * across;
                     }
                 }
             }
@@ -334,6 +333,7 @@ private:
     MBF_FN S team_graft_scale(const Rates<S>& rates, const Momentum<S>& momentum, const S* x) {
         const S *g = vector(0), *m = vector(1), *f = triangle();
         S peak = 0, adam = 0;
+        MBF_DO_NOT_UNROLL
         for (int k = lane_; k < n_; k += kLanes) {
             peak = larger_magnitude(peak, x[k]);
             adam = adam + adam_square(f[row(k) + k], momentum.direction(m[k], g[k]), rates.momentum_scale,
@@ -356,6 +356,7 @@ private:
         values[lane_] = value;
         sync();
         S result = values[0];
+        MBF_DO_NOT_UNROLL
         for (int lane = 1; lane < kLanes; ++lane) result = combine(result, values[lane]);
         return result;
     }
@@ -400,8 +401,7 @@ private:
     }
 
     MBF_FN void fetch_triangles(const S* storage) const {
-        if (!is_tiled(n_))
-            return fetch_contiguous(triangles(), storage + block_offset(n_, first_), active_ * padded());
+        if (!is_tiled(n_)) return fetch_contiguous(triangles(), storage + block_offset(n_, first_), active_ * padded());
         for (int e = threadIdx.x; e < kTeams * triangle_size(n_); e += kThreads) {
             const int t = e / kTeams, i = e % kTeams;
             if (i >= active_) continue;
@@ -429,9 +429,7 @@ private:
     // Shared memory: triangles, three sets of vectors, what each team exchanges, a code per team.
     MBF_FN S* triangles() const { return reinterpret_cast<S*>(shared_memory); }
     MBF_FN S* triangle() const { return triangles() + team_ * padded(); }
-    MBF_FN S* vectors(int which) const {
-        return triangles() + kTeams * padded() + which * kBlocks * vector_pitch(n_);
-    }
+    MBF_FN S* vectors(int which) const { return triangles() + kTeams * padded() + which * kBlocks * vector_pitch(n_); }
     MBF_FN S* vector(int which) const { return vectors(which) + team_ * vector_pitch(n_); }
     MBF_FN S* columns() const { return vectors(3) + team_ * kTeamScalars; }
     MBF_FN S* forward() const { return columns() + 2 * kColumn; }

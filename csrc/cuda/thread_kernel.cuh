@@ -34,6 +34,7 @@ class ThreadKernel {
 public:
     static constexpr int kBlocks = kTiles * kTileBlocks;  // of a thread block
     static constexpr int kThreads = kBlocks;
+    static constexpr int kMinBlocks = 0;
     static size_t shared_bytes(int) { return kTiles * kTileBytes; }
 
     MBF_FN ThreadKernel(const Problem& problem, const Parameters& parameters, int, int unit)
