@@ -42,11 +42,20 @@ def cuda_unavailable() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
+def cuda_architectures() -> list[str]:
+    """Compute capabilities that the CUDA kernels were compiled for; none without CUDA."""
+    return getattr(_C, "CUDA_ARCHITECTURES", "").split()
+
+
 def emulated_unavailable() -> str | None:
     """Why the CUDA kernels cannot be emulated here; None if they can."""
     if UNAVAILABLE:
         return UNAVAILABLE
-    return None if hasattr(_C, "emulated_launch") else "the native kernels were built without the emulator (MBF_EMULATOR=OFF)"
+    return (
+        None
+        if hasattr(_C, "emulated_launch")
+        else "the native kernels were built without the emulator (MBF_EMULATOR=OFF)"
+    )
 
 
 def cpu_isas() -> list[str]:
@@ -74,9 +83,9 @@ _mapping: ContextVar[str] = ContextVar("mbf_kernels_cuda_mapping", default="auto
 
 @contextmanager
 def cuda_mapping(name: str | None) -> Iterator[None]:
-    """Inside the ``with`` block, CUDA kernels (emulated ones too) map a block of any size to one ``"thread"`` (n <= 20;
-    float64: n <= 12), a ``"group"`` of lanes (n <= 64) or a thread ``"block"``; None: what is fastest for the size. An op
-    on a size that the mapping does not serve raises ValueError. For tests and benchmarks."""
+    """Inside the ``with`` block, CUDA kernels (emulated ones too) map a block of any size to one ``"thread"``
+    (n <= 20; float64: n <= 12), a ``"group"`` of lanes (n <= 64) or a thread ``"block"``; None: what is fastest for the
+    size. An op on a size that the mapping does not serve raises ValueError. For tests and benchmarks."""
     if name not in (None, "thread", "group", "block"):
         raise ValueError(f'cuda_mapping: expected "thread", "group", "block" or None, got {name!r}')
     token = _mapping.set(name or "auto")
@@ -86,21 +95,20 @@ def cuda_mapping(name: str | None) -> Iterator[None]:
         _mapping.reset(token)
 
 
-def _launch_cpu(op: _C.Op, dtype: _C.DType, blocks: SymmetricBlocks, problems: list, parameters: _C.Parameters) -> None:
-    _C.cpu_launch(op, dtype, blocks.size, problems, parameters, torch.get_num_threads())
+def _launch_cpu(op: _C.Op, blocks: SymmetricBlocks, problems: list[_C.Problem], parameters: _C.Parameters) -> None:
+    _C.cpu_launch(op, _dtype(blocks.dtype), blocks.size, problems, parameters, torch.get_num_threads())
 
 
-def _launch_cuda(op: _C.Op, dtype: _C.DType, blocks: SymmetricBlocks, problems: list, parameters: _C.Parameters) -> None:
+def _launch_cuda(op: _C.Op, blocks: SymmetricBlocks, problems: list[_C.Problem], parameters: _C.Parameters) -> None:
     device = blocks.data.device
     stream = torch.cuda.current_stream(device).cuda_stream
     mapping = getattr(_C.Mapping, _mapping.get())
-    _C.cuda_launch(op, dtype, blocks.size, problems, parameters, device.index, stream, mapping)
+    _C.cuda_launch(op, _dtype(blocks.dtype), blocks.size, problems, parameters, device.index, stream, mapping)
 
 
-def _launch_emulated(
-    op: _C.Op, dtype: _C.DType, blocks: SymmetricBlocks, problems: list, parameters: _C.Parameters
-) -> None:
-    _C.emulated_launch(op, dtype, blocks.size, problems, parameters, 0, 0, getattr(_C.Mapping, _mapping.get()))
+def _launch_emulated(op: _C.Op, blocks: SymmetricBlocks, problems: list[_C.Problem], parameters: _C.Parameters) -> None:
+    mapping = getattr(_C.Mapping, _mapping.get())
+    _C.emulated_launch(op, _dtype(blocks.dtype), blocks.size, problems, parameters, 0, 0, mapping)
 
 
 class Native:
@@ -122,9 +130,7 @@ class Native:
     ) -> tuple[SymmetricBlocks, Tensor]:
         lower = _new_factor(fisher)
         info = _new_info(fisher.data, fisher.count)
-        problem = _C.Problem(
-            count=fisher.count, fisher=_address(fisher), factor=_address(lower), info=info.data_ptr()
-        )
+        problem = _C.Problem(count=fisher.count, fisher=_address(fisher), factor=_address(lower), info=info.data_ptr())
         self._launch(_C.Op.factor, fisher, [problem], damping=self._number(damping), relative=relative)
         return lower, info
 
@@ -191,7 +197,7 @@ class Native:
         return info
 
     def _launch(self, op: _C.Op, blocks: SymmetricBlocks, problems: list[_C.Problem], **parameters) -> None:
-        self._start(op, _dtype(blocks.dtype), blocks, problems, _C.Parameters(**parameters))
+        self._start(op, blocks, problems, _C.Parameters(**parameters))
 
     def _number(self, value: float | Tensor) -> float | tuple[int, _C.DType]:
         """A number as ``_C`` takes it: by value, or by its address on the device."""

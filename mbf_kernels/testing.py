@@ -23,7 +23,8 @@ def rng(seed: int = 0) -> torch.Generator:
 
 def randn(*shape: int, dtype=torch.float64, device=None, seed: int = 0) -> Tensor:
     """Normal numbers: the same for every dtype (rounded from float64) and device."""
-    return torch.randn(shape, dtype=torch.float64, generator=rng(seed)).to(device=device, dtype=dtype)
+    drawn = torch.randn(shape, dtype=torch.float64, device="cpu", generator=rng(seed))
+    return drawn.to(device=device or torch.get_default_device(), dtype=dtype)
 
 
 def spd_blocks(kind: str, count: int, size: int, dtype=torch.float64, device=None, seed: int = 0) -> Tensor:
@@ -33,32 +34,34 @@ def spd_blocks(kind: str, count: int, size: int, dtype=torch.float64, device=Non
     """
     worst = max(10.0, 0.1 / (size * torch.finfo(dtype).eps))
     if kind == "correlated":  # a strong common part: nearly equal gradients
-        dense = torch.ones(count, size, size, dtype=torch.float64)
-        dense += size / worst * torch.eye(size, dtype=torch.float64)
+        dense = torch.ones(count, size, size, dtype=torch.float64, device="cpu")
+        dense += size / worst * torch.eye(size, dtype=torch.float64, device="cpu")
     elif kind == "fisher":  # three outer products of any magnitude, and a small relative ridge
-        scale = 10.0 ** torch.empty(count, 1, 1, dtype=torch.float64).uniform_(-6, 6, generator=rng(seed + 1))
-        g = randn(count, size, 3, seed=seed) * scale
+        scale = 10.0 ** torch.empty(count, 1, 1, dtype=torch.float64, device="cpu").uniform_(
+            -6, 6, generator=rng(seed + 1)
+        )
+        g = randn(count, size, 3, device="cpu", seed=seed) * scale
         dense = g @ g.mT
         ridge = (1e-3 + 10 / worst) * dense.diagonal(dim1=1, dim2=2).mean(-1)
-        dense += ridge[:, None, None] * torch.eye(size, dtype=torch.float64)
+        dense += ridge[:, None, None] * torch.eye(size, dtype=torch.float64, device="cpu")
     else:
-        powers = torch.linspace(0, -1, size, dtype=torch.float64)
+        powers = torch.linspace(0, -1, size, dtype=torch.float64, device="cpu")
         eigenvalues = {
             "well": 10.0**powers,
             "ill": worst**powers,
-            "clustered": torch.ones(size, dtype=torch.float64),
+            "clustered": torch.ones(size, dtype=torch.float64, device="cpu"),
         }[kind]
         if kind == "clustered":  # all equal but the last
             eigenvalues[-1] = 1 / worst if size > 1 else 1
         q = _orthogonal(count, size, seed)
         dense = (q * eigenvalues) @ q.mT
     dense = ((dense + dense.mT) / 2).to(dtype)
-    return dense.to(device)
+    return dense.to(device or torch.get_default_device())
 
 
 @lru_cache(maxsize=16)
 def _orthogonal(count: int, size: int, seed: int) -> Tensor:
-    return torch.linalg.qr(randn(count, size, size, seed=seed)).Q
+    return torch.linalg.qr(randn(count, size, size, device="cpu", seed=seed)).Q
 
 
 def residual_ratio(residual: Tensor, scale: Tensor, size: int, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,6 @@
 """Run the suite with `pytest tests`. The fixtures run a test once per backend that works on this machine."""
 
+import contextlib
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's; on small problems threads only wait for each other
@@ -15,22 +16,34 @@ AVAILABLE = [name for name, reason in mbf_kernels.backends().items() if reason =
 NATIVE = [name for name in AVAILABLE if name != "reference"]
 
 
+def device_of(backend: str) -> str:
+    """Where a backend's tensors live: on a GPU, unless Triton is interpreted."""
+    on_gpu = backend == "cuda" or (backend == "triton" and torch.cuda.is_available())
+    return "cuda" if on_gpu else "cpu"
+
+
+@contextlib.contextmanager
+def using(backend: str):
+    """The backend in use, and its device where tensors are made."""
+    with mbf_kernels.use_backend(backend), torch.device(device_of(backend)):
+        yield backend
+
+
 @pytest.fixture(params=AVAILABLE)
 def backend(request):
     """Every backend that works here, in use during the test."""
-    with mbf_kernels.use_backend(request.param):
-        yield request.param
+    with using(request.param) as name:
+        yield name
 
 
 @pytest.fixture(params=NATIVE or [pytest.param("none", marks=pytest.mark.skip(reason="no native backend"))])
 def native(request):
     """Every backend that promises bits, not only figures, in use during the test."""
-    with mbf_kernels.use_backend(request.param):
-        yield request.param
+    with using(request.param) as name:
+        yield name
 
 
 @pytest.fixture
 def device(request):
     """The device that the test's backend serves."""
-    name = request.getfixturevalue("native" if "native" in request.fixturenames else "backend")
-    return "cuda" if name in ("cuda", "triton") else "cpu"
+    return device_of(request.getfixturevalue("native" if "native" in request.fixturenames else "backend"))

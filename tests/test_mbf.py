@@ -14,7 +14,8 @@ from torch import nn
 
 from mbf_kernels.testing import assert_bitwise, assert_relative, randn
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # promised at damping 1e-2 after 20 steps
+# After 20 steps at damping 1e-2: every step adds its rounding, multiplied by the condition number 1 / damping + 1.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 20 * 101 * torch.finfo(torch.float32).eps}
 FORMS = {"grafted": GRAFTED, "paper": PAPER}
 over_forms = pytest.mark.parametrize("form", FORMS)
 
@@ -87,7 +88,7 @@ class Run:
         return loss
 
     def gradients(self):
-        return [[None if p.grad is None else p.grad.double().numpy() for p in layer] for layer in self.layers]
+        return [[None if p.grad is None else p.grad.double().cpu().numpy() for p in layer] for layer in self.layers]
 
     def weights(self):
         return [p.detach().clone() for p in self.model.parameters()]
@@ -98,7 +99,7 @@ class Pair:
 
     def __init__(self, network, dtype, options, named=True):
         self.run = Run(network, dtype, options, named)
-        self.brute = BruteForce([[p.detach().double() for p in layer] for layer in self.run.layers], options)
+        self.brute = BruteForce([[p.detach().double().cpu() for p in layer] for layer in self.run.layers], options)
         self.start = [layer.w.copy() for layer in self.brute.layers]
 
     def observe(self, seed):
@@ -118,7 +119,7 @@ class Pair:
     def check(self, tolerance):
         """The way that every tensor went, relative to its length."""
         for layer, truth, start in zip(self.run.layers, self.brute.layers, self.start, strict=True):
-            w = Layer.join([p.detach().double() for p in layer]).ravel()
+            w = Layer.join([p.detach().double().cpu() for p in layer]).ravel()
             moved, expected = (torch.from_numpy(x - start) for x in (w, truth.w))
             assert_relative(moved, expected, tolerance, f"{[tuple(p.shape) for p in layer]}")
 

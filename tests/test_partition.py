@@ -53,7 +53,8 @@ over_fixtures = pytest.mark.parametrize("options, expected", FIXTURES.values(), 
 @over_fixtures
 def test_fixture(backend, options, expected):
     expected = torch.tensor(expected, dtype=torch.float64)
-    assert_below((direction(G, M, 0.5, **options) - expected).abs(), PRINTED)
+    g, m = G.to(expected.device), M.to(expected.device)
+    assert_below((direction(g, m, 0.5, **options) - expected).abs(), PRINTED)
 
 
 @over_fixtures
@@ -61,7 +62,7 @@ def test_fixture_with_a_bias(backend, options, expected):
     """The same figures when the last column is the bias of a linear layer."""
     layer = nn.Linear(2, 2, dtype=torch.float64)
     optimizer = MBF.paper(layer.named_parameters("x"), lr=1.0, damping=0.5, momentum=0.5, decay=0.0, **options)
-    for gradient in (2 * (M - G), G):
+    for gradient in (2 * (M - G).to(layer.weight.device), G.to(layer.weight.device)):
         before = torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach()
         layer.weight.grad, layer.bias.grad = gradient[:, :2].clone(), gradient[:, 2].clone()
         optimizer.step()
