@@ -1,31 +1,53 @@
 # make demo    train three problems with MBF and its rivals; FAST=1 for a minute's worth
 # make test    the test suite
 # make bench   kernel and step benchmarks
+# make gpu     on a machine with an NVIDIA GPU: build, test, sanitize and measure, in under nine minutes
+# make sanitize-address, make sanitize-thread    the CPU and the emulated GPU kernels under sanitizers: cmake and a C++
+#              compiler are all they need
 # make lint    ruff and clang-format, versions pinned
 # make format  the same, fixing what they can
 # make clean   remove what the others made
 #
 # Each makes what it needs in its own virtual environment, $(VENV). Variables: PYTHON, VENV, TORCH (what pip installs
-# as torch; TORCH=torch takes the newest build).
+# as torch; TORCH=torch takes the newest build), TRITON (likewise), ARCHITECTURES (what CUDA kernels are compiled for, where
+# nvcc is found; native: this machine's GPU).
+#
+# make gpu alone uses $(GPU_PYTHON) as it is, with the torch, triton, pybind11, cmake, ninja and pytest it has, and no
+# network. PARTS=test,bench chooses among environment, build, test, bench_copy, bench_ops, bench_step, sanitize, report;
+# RESUME=1 goes on with what is not done; OUT=folder is where the results go; COMMIT=name where git cannot tell;
+# REHEARSE=1 tries it all on a CPU.
 
 PYTHON ?= python3
+GPU_PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
+ARCHITECTURES ?= 90
 LINTERS = ruff==0.17.5 clang-format==23.1.5
 PY = $(VENV)/bin/python
 NATIVE = $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.toml
 SOURCES_CXX = $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench gpu sanitize-address sanitize-thread lint format clean
 
 demo: $(VENV)/installed
 	$(PY) -m benchmarks.demo $(if $(FAST),--fast)
 
 test: $(VENV)/installed
-	$(PY) -m pytest tests -q
+	$(PY) -m pytest tests -q -n auto
+	MBF_BACKEND=emulated $(PY) -m pytest tests/test_mbf.py tests/test_partition.py tests/test_capturable.py -q -n auto
 
 bench: $(VENV)/installed
 	$(PY) -m pytest benchmarks -q --benchmark-only --benchmark-columns=min,median,iqr,rounds
+
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu $(if $(PARTS),--parts "$(PARTS)") $(if $(OUT),--out "$(OUT)") \
+		$(if $(COMMIT),--commit "$(COMMIT)") $(if $(RESUME),--resume) $(if $(REHEARSE),--rehearse)
+
+sanitize-address sanitize-thread: sanitize-%:
+	cmake -S . -B build/sanitize-$* -DMBF_SANITIZE=$*
+	cmake --build build/sanitize-$* --parallel $(shell nproc)
+	printf '%s\n' cpu 'emulated float' 'emulated double' | xargs -L 1 -P $(shell nproc) build/sanitize-$*/driver
 
 lint: $(VENV)/linters
 	$(VENV)/bin/ruff check .
@@ -43,10 +65,10 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# MBF_NATIVE=1: here a build without the kernels is a failure, not a fallback.
+# A development build: without the kernels it fails instead of falling back, and it has the emulator.
 $(VENV)/installed: $(VENV)/bin/python $(NATIVE)
-	$(PY) -m pip install --quiet "$(TORCH)" numpy
-	MBF_NATIVE=1 $(PY) -m pip install --quiet -e ".[test,demo]"
+	$(PY) -m pip install --quiet "$(TORCH)" "$(TRITON)" numpy
+	MBF_NATIVE=1 MBF_EMULATOR=ON MBF_CUDA_ARCHITECTURES="$(ARCHITECTURES)" $(PY) -m pip install --quiet -e ".[test,demo]"
 	touch $@
 
 $(VENV)/linters: $(VENV)/bin/python Makefile

@@ -7,6 +7,7 @@ GB/s over the bytes that the op must move, 8 T + 12 n + 4 per float32 block with
 import pytest
 import torch
 
+from benchmarks.baseline import fused_bytes, linalg_step
 from mbf_kernels import SymmetricBlocks, accumulate_factor_solve_
 
 BLOCKS = {4: 200_000, 9: 100_000, 16: 40_000, 25: 16_000, 32: 10_000, 64: 2_500, 128: 500}
@@ -22,14 +23,6 @@ def problem(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return dense, g, rhs
 
 
-def linalg_step(dense: torch.Tensor, g: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
-    """What a user writes without these kernels."""
-    dense.baddbmm_(g[:, :, None], g[:, None, :], beta=DECAY, alpha=1 - DECAY)
-    damped = dense + DAMPING * torch.eye(dense.shape[1])
-    lower, _ = torch.linalg.cholesky_ex(damped)
-    return torch.cholesky_solve(rhs[..., None], lower)[..., 0]
-
-
 def record(benchmark, n: int, moved: int | None = None) -> None:
     median = benchmark.stats.stats.median
     benchmark.extra_info["ns_per_block"] = median / BLOCKS[n] * 1e9
@@ -43,18 +36,18 @@ def bench_fused(benchmark, n):
     fisher = SymmetricBlocks.from_dense(dense)
     x, info = accumulate_factor_solve_(fisher.clone(), g, rhs, decay=DECAY, damping=DAMPING)
     assert not info.any()
-    truth = linalg_step(dense.double(), g.double(), rhs.double())
+    truth = linalg_step(dense.double(), g.double(), rhs.double(), DECAY, DAMPING)
     error = torch.linalg.vector_norm(x - truth) / torch.linalg.vector_norm(truth)
     # relative error of a solve: condition number, here at most trace(F)/lambda + 1, times n eps
     condition = dense.diagonal(dim1=1, dim2=2).sum(1).max() / DAMPING + 1
     assert error <= condition * n * torch.finfo(torch.float32).eps
     benchmark.group = f"n = {n}"
     benchmark(accumulate_factor_solve_, fisher, g, rhs, decay=DECAY, damping=DAMPING)
-    record(benchmark, n, BLOCKS[n] * (4 * n * (n + 1) + 12 * n + 4))
+    record(benchmark, n, BLOCKS[n] * fused_bytes(n))
 
 
 @pytest.mark.parametrize("n", BLOCKS)
 def bench_torch_linalg(benchmark, n):
     benchmark.group = f"n = {n}"
-    benchmark.pedantic(linalg_step, args=problem(n), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(linalg_step, args=(*problem(n), DECAY, DAMPING), rounds=5, warmup_rounds=1)
     record(benchmark, n)

@@ -1,4 +1,4 @@
-"""The three networks of the training problems.
+"""The networks of the training problems, and ResNet-18 for timing training iterations.
 
 `outer` names the layers whose weights are not hidden matrices (embeddings, heads): Muon leaves them to Adam.
 """
@@ -85,3 +85,39 @@ class Transformer(nn.Module):
     def forward(self, text: Tensor) -> Tensor:  # [batch, time] -> [batch, time, 256]
         x = self.embed(text) + self.place.weight[: text.shape[1]]
         return self.head(self.norm(self.layers(x)))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.path = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut = nn.Identity()
+        if inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.path(x) + self.shortcut(x))
+
+
+class ResNet18(nn.Sequential):
+    """He et al.'s residual network of 18 layers, for images of at least 32x32 and a thousand classes."""
+
+    outer = ("head",)
+
+    def __init__(self, width: int = 64):
+        stem = [nn.Conv2d(3, width, 7, 2, padding=3, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        stages, inputs = [], width
+        for stage in range(4):
+            outputs = width * 2**stage
+            stages += [ResidualBlock(inputs, outputs, 2 if stage else 1), ResidualBlock(outputs, outputs, 1)]
+            inputs = outputs
+        super().__init__(*stem, nn.MaxPool2d(3, 2, padding=1), *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.add_module("head", nn.Linear(inputs, 1000))
