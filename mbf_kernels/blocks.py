@@ -197,7 +197,7 @@ def check_storage(op: str, data: Tensor, count: int, size: int) -> None:
     if count < 0 or size < 1:
         raise ValueError(f"{op}: expected count >= 0 and size >= 1, got {count} and {size}")
     shape = storage_shape(count, size)
-    if tuple(data.shape) != shape:
+    if data.shape != shape:
         raise ValueError(
             f"{op}: expected storage of shape {list(shape)} for {count} blocks of {size}x{size}, got {list(data.shape)}"
         )

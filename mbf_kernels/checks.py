@@ -1,4 +1,7 @@
-"""Argument checks of the ops. Every message names the op, what was expected and what came."""
+"""Argument checks of the ops. Every message names the op, what was expected and what came.
+
+A check of many tensors first looks whether all is well, and only otherwise for the culprit.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,13 @@ def tensor_lists(op: str, **lists: Sequence) -> None:
     for name, items in lists.items():
         if not isinstance(items, list | tuple):
             raise TypeError(f"{op}: expected {name} to be a list of tensors, got {type(items).__name__}")
-        tensors(op, **{f"{name}[{i}]": item for i, item in enumerate(items)})
+        if not all(isinstance(item, Tensor) for item in items):
+            tensors(op, **{f"{name}[{i}]": item for i, item in enumerate(items)})
 
 
-def no_grad(op: str, *tensors: Tensor) -> None:
+def no_grad(op: str, *tensors: Tensor | None) -> None:
     """The ops are not differentiable: a graph through them would silently be cut."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(f"{op}: not differentiable, but an argument requires grad; call it under torch.no_grad()")
 
 
@@ -90,12 +94,35 @@ def non_negative(op: str, **values: float) -> None:
             raise ValueError(f"{op}: expected {name} to be finite and >= 0, got {value}")
 
 
-def weights(op: str, count: int, **lists: Sequence[float]) -> None:
-    for name, values in lists.items():
-        if len(values) != count:
-            raise ValueError(f"{op}: expected {name} to be a number or {count} of them, got {len(values)}")
-        if not all(0 < value <= 1 for value in values):
-            raise ValueError(f"{op}: expected {name} in (0, 1], got {list(values)}")
+def number(op: str, name: str, value: object) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: expected {name} to be a number or a 0-d tensor, got {value!r}") from None
+
+
+def device_scalars(op: str, like: Tensor, **values: Tensor | None) -> None:
+    """Numbers on the device of ``like``; their values are not looked at, because that would wait for the device."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        if value.dtype not in DTYPES:
+            raise TypeError(f"{op}: expected {name} of float32 or float64, got {value.dtype}")
+        if value.ndim:
+            raise ValueError(f"{op}: expected {name} to be a 0-d tensor, got shape {list(value.shape)}")
+        if value.device != like.device:
+            raise ValueError(f"{op}: expected {name} on {like.device}, got it on {value.device}")
+
+
+def weights(op: str, name: str, numbers: Sequence[float], tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """One number in (0, 1] for each of ``params``, or one tensor."""
+    given = tensors or numbers
+    if len(given) != len(params):
+        raise ValueError(f"{op}: expected {name} to be a number or {len(params)} of them, got {len(given)}")
+    for tensor in tensors:
+        device_scalars(op, params[0], **{name: tensor})
+    if not all(0 < number <= 1 for number in numbers):
+        raise ValueError(f"{op}: expected {name} in (0, 1], got {list(numbers)}")
 
 
 def step_tensors(
@@ -113,31 +140,44 @@ def step_tensors(
     for name, optional in (("factors", factors), ("skipped", skipped)):
         if optional:
             same_length(op, params=params, **{name: optional})
-    for i, (param, fisher, count) in enumerate(zip(params, fishers, counts, strict=True)):
-        check_storage(op, fisher, count, size)
-        if factors:
-            check_storage(op, factors[i], count, size)
-            _tensor(op, f"factors[{i}]", factors[i], params[0])
-        _tensor(op, f"fishers[{i}]", fisher, params[0])
-        _tensor(op, f"params[{i}]", param, params[0])
-        _blocks_of(op, f"params[{i}]", param, count, size)
-        _writable(op, f"params[{i}]", param)
-        _writable(op, f"momenta[{i}]", momenta[i])
-        for name, tensor in ((f"grads[{i}]", grads[i]), (f"momenta[{i}]", momenta[i])):
-            _tensor(op, name, tensor, params[0])
+    _alike(op, params=params, grads=grads, momenta=momenta, fishers=fishers, factors=factors)
+    for storages in (fishers, factors):
+        for data, count in zip(storages, counts, strict=bool(storages)):
+            check_storage(op, data, count, size)
+    for i, (param, count) in enumerate(zip(params, counts, strict=True)):
+        if not _divides(param, count, size):
+            raise ValueError(
+                f"{op}: expected params[{i}] to be {count} blocks whose trailing dimensions multiply to {size}, "
+                f"got shape {list(param.shape)}"
+            )
+    for name, like_weights in (("grads", grads), ("momenta", momenta)):
+        for i, (tensor, param) in enumerate(zip(like_weights, params, strict=True)):
             if tensor.shape != param.shape:
                 raise ValueError(
-                    f"{op}: expected {name} of shape {list(param.shape)}, like its weights, got {list(tensor.shape)}"
+                    f"{op}: expected {name}[{i}] of shape {list(param.shape)}, like its weights, "
+                    f"got {list(tensor.shape)}"
                 )
-        if skipped and (skipped[i].dtype, skipped[i].numel(), skipped[i].device) != (
-            torch.int64,
-            1,
-            param.device,
-        ):
+    for name, written in (("params", params), ("momenta", momenta)):
+        for i, tensor in enumerate(written):
+            if 0 in tensor.stride() and _repeats(tensor):
+                raise ValueError(f"{op}: expected {name}[{i}] without repeated elements, got an expanded tensor")
+    for i, counter in enumerate(skipped):
+        if (counter.dtype, counter.numel(), counter.device) != (torch.int64, 1, params[0].device):
             raise ValueError(
-                f"{op}: expected skipped[{i}] to be one int64 on {param.device}, got {list(skipped[i].shape)} "
-                f"of {skipped[i].dtype} on {skipped[i].device}"
+                f"{op}: expected skipped[{i}] to be one int64 on {params[0].device}, got {list(counter.shape)} "
+                f"of {counter.dtype} on {counter.device}"
             )
+
+
+def _alike(op: str, **lists: Sequence[Tensor]) -> None:
+    """All dense, of the dtype and on the device of the first."""
+    like = next(iter(lists.values()))[0]
+    kinds = {(tensor.dtype, tensor.device, tensor.layout) for items in lists.values() for tensor in items}
+    if len(kinds) == 1 and like.dtype in DTYPES and like.layout == torch.strided:
+        return
+    for name, items in lists.items():
+        for i, tensor in enumerate(items):
+            _tensor(op, f"{name}[{i}]", tensor, like)
 
 
 def _tensor(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
@@ -150,19 +190,14 @@ def _tensor(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
         raise ValueError(f"{op}: expected {name} on {like.device}, got it on {tensor.device}")
 
 
-def _blocks_of(op: str, name: str, tensor: Tensor, count: int, size: int) -> None:
-    """The trailing dimensions multiply to ``size``, the leading ones to ``count``."""
+def _divides(tensor: Tensor, count: int, size: int) -> bool:
+    """Whether the trailing dimensions multiply to ``size``, the leading ones to ``count``."""
     split, elements = tensor.ndim, 1
     while split > 0 and elements < size:
         split -= 1
         elements *= tensor.shape[split]
-    if tensor.numel() != count * size or (count and elements != size):
-        raise ValueError(
-            f"{op}: expected {name} to be {count} blocks whose trailing dimensions multiply to {size}, "
-            f"got shape {list(tensor.shape)}"
-        )
+    return tensor.numel() == count * size and (not count or elements == size)
 
 
-def _writable(op: str, name: str, tensor: Tensor) -> None:
-    if any(stride == 0 and extent > 1 for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        raise ValueError(f"{op}: expected {name} without repeated elements, got an expanded tensor")
+def _repeats(tensor: Tensor) -> bool:
+    return any(stride == 0 and extent > 1 for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -8,6 +8,10 @@ A bad block hurts only itself: where a gradient is not finite or a pivot is not 
 momentum and weights stay as they were, its solution is zero, ``info`` says so, and its neighbours keep every bit.
 ``info`` [B] int32 has LAPACK's meaning: 0 is good; k > 0 says that k (counted from 1) is the first pivot that is not
 positive and finite, or else the first element that is not finite.
+
+Rates, dampings and weights may be numbers on the device, 0-d tensors of float32 or float64, so that a captured CUDA
+graph follows them. They are never read on the host, so their values are not checked. A registered op takes them as
+extra arguments, which win over the floats.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ def accumulate_(
 def factor(
     fisher: SymmetricBlocks,
     *,
-    damping: float,  # lambda >= 0
+    damping: float | Tensor,  # lambda >= 0; a tensor's value is not checked
     relative: bool = False,
 ) -> tuple[SymmetricBlocks, Tensor]:
     """Cholesky: L with L L^T = F + lambda I, and info [B].
@@ -55,8 +59,11 @@ def factor(
     triangle of ``L.to_dense()``; the factor of a bad block is zero. Jitter is never added.
     """
     checks.blocks("factor", "fisher", fisher)
-    checks.no_grad("factor", fisher.data)
-    data, info = torch.ops.mbf_kernels.factor(fisher.data, fisher.count, fisher.size, float(damping), bool(relative))
+    damping, device_damping = _scalar("factor", "damping", damping)
+    checks.no_grad("factor", fisher.data, device_damping)
+    data, info = torch.ops.mbf_kernels.factor(
+        fisher.data, fisher.count, fisher.size, damping, bool(relative), device_damping
+    )
     return SymmetricBlocks(data, fisher.count, fisher.size), info
 
 
@@ -77,18 +84,20 @@ def accumulate_factor_solve_(
     rhs: Tensor,  # [B, n]
     *,
     decay: float,  # beta in [0, 1]
-    damping: float,  # lambda >= 0
+    damping: float | Tensor,  # lambda >= 0; a tensor's value is not checked
     relative: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """F <- beta F + (1 - beta) g g^T in place, then x = (F + lambda I)^-1 rhs: returns x [B, n] and info [B].
 
     The fused launch: the same bits as ``accumulate_``, ``factor`` and ``solve`` in a row, with one pass over F.
     """
-    checks.blocks("accumulate_factor_solve_", "fisher", fisher)
-    checks.tensors("accumulate_factor_solve_", g=g, rhs=rhs)
-    checks.no_grad("accumulate_factor_solve_", g, rhs)
+    op = "accumulate_factor_solve_"
+    checks.blocks(op, "fisher", fisher)
+    checks.tensors(op, g=g, rhs=rhs)
+    damping, device_damping = _scalar(op, "damping", damping)
+    checks.no_grad(op, g, rhs, device_damping)
     return torch.ops.mbf_kernels.accumulate_factor_solve_(
-        fisher.data, fisher.count, fisher.size, g, rhs, float(decay), float(damping), bool(relative)
+        fisher.data, fisher.count, fisher.size, g, rhs, float(decay), damping, bool(relative), device_damping
     )
 
 
@@ -98,17 +107,17 @@ def mbf_step_(
     momenta: Sequence[Tensor],  # M, likewise
     fishers: Sequence[SymmetricBlocks],  # F, all of one size n
     *,
-    lr: float,  # alpha
+    lr: float | Tensor,  # alpha
     momentum: float,  # mu in [0, 1)
     decay: float,  # beta in [0, 1]
-    damping: float,  # lambda >= 0
+    damping: float | Tensor,  # lambda >= 0
     weight_decay: float = 0.0,  # gamma, decoupled
     relative: bool = False,
     graft: str | None = None,  # None or "adam"
     nesterov: bool = False,
     eps: float = 1e-8,
-    momentum_weight: float | Sequence[float] = 1.0,  # 1 - mu^t
-    fisher_weight: float | Sequence[float] = 1.0,  # 1 - beta^t
+    momentum_weight: float | Tensor | Sequence[float] | Sequence[Tensor] = 1.0,  # 1 - mu^t
+    fisher_weight: float | Tensor | Sequence[float] | Sequence[Tensor] = 1.0,  # 1 - beta^t
     maximize: bool = False,
     update: bool = True,
     factors: Sequence[SymmetricBlocks] | None = None,
@@ -129,7 +138,8 @@ def mbf_step_(
     The trailing dimensions of each tensor multiply to n, the leading ones enumerate its blocks; any strides work in
     place. The two weights undo the zero start of M and F (one number, or one per tensor). A zero block has no scale
     to be relative to: there lambda is 1. ``factors`` caches L: written if ``refactor``, used instead of factoring
-    otherwise. ``skipped`` are counters, each incremented by its tensor's number of bad blocks.
+    otherwise. ``skipped`` are counters, each incremented by its tensor's number of bad blocks. ``lr``, ``damping`` and
+    the weights may be 0-d tensors on the device of the parameters; then their values are not checked.
 
     Returns info [B] of each tensor. Source: Bahamou, Goldfarb, Ren (AISTATS 2023); norm grafting per mini-block, from
     F's own diagonal, is ours.
@@ -150,7 +160,11 @@ def mbf_step_(
     if not refactor and factors is None:
         raise ValueError(f"{op}: expected factors when refactor is False, got none")
     checks.one_size(op, fishers)
-    checks.no_grad(op, *params, *grads, *momenta)
+    lr, device_lr = _scalar(op, "lr", lr)
+    damping, device_damping = _scalar(op, "damping", damping)
+    momentum_weights, device_momentum_weights = _per_tensor(op, "momentum_weight", momentum_weight, len(params))
+    fisher_weights, device_fisher_weights = _per_tensor(op, "fisher_weight", fisher_weight, len(params))
+    checks.no_grad(op, *params, *grads, *momenta, device_lr, device_damping)
     info = torch.ops.mbf_kernels.mbf_step_(
         list(params),
         list(grads),
@@ -160,12 +174,12 @@ def mbf_step_(
         list(skipped or ()),
         [fisher.count for fisher in fishers],
         fishers[0].size,
-        _per_tensor(momentum_weight, len(params)),
-        _per_tensor(fisher_weight, len(params)),
-        float(lr),
+        momentum_weights,
+        fisher_weights,
+        lr,
         float(momentum),
         float(decay),
-        float(damping),
+        damping,
         float(weight_decay),
         float(eps),
         bool(relative),
@@ -174,14 +188,26 @@ def mbf_step_(
         bool(maximize),
         bool(update),
         bool(refactor),
+        device_lr,
+        device_damping,
+        device_momentum_weights,
+        device_fisher_weights,
     )
     return list(info.split([fisher.count for fisher in fishers]))
 
 
-def _per_tensor(weight: float | Sequence[float], count: int) -> list[float]:
-    if isinstance(weight, Sequence):
-        return [float(w) for w in weight]
-    return [float(weight)] * count
+def _scalar(op: str, name: str, value: float | Tensor) -> tuple[float, Tensor | None]:
+    """What a registered op takes: a number, and the tensor that wins over it."""
+    return (0.0, value) if isinstance(value, Tensor) else (checks.number(op, name, value), None)
+
+
+def _per_tensor(op: str, name: str, weight: float | Tensor | Sequence, count: int) -> tuple[list[float], list[Tensor]]:
+    """Numbers, one per tensor, or else tensors."""
+    weights = list(weight) if isinstance(weight, Sequence) else [weight] * count
+    if weights and isinstance(weights[0], Tensor):
+        checks.tensor_lists(op, **{name: weights})
+        return [], weights
+    return [checks.number(op, name, w) for w in weights], []
 
 
 # Of every op: its checks, what it returns (all a trace needs to know), and the call of the backend.
@@ -203,17 +229,19 @@ def _accumulate(fisher, count, size, g, decay):
     torch.autograd.graph.increment_version(fisher)
 
 
-def _check_factor(fisher, count, size, damping, relative):
+def _check_factor(fisher, count, size, damping, relative, device_damping):
     checks.storage("factor", fisher, count, size)
     checks.non_negative("factor", damping=damping)
+    checks.device_scalars("factor", fisher, damping=device_damping)
 
 
-def _empty_factor(fisher, count, size, damping, relative):
+def _empty_factor(fisher, count, size, damping, relative, device_damping):
     return torch.empty_like(fisher), fisher.new_empty(count, dtype=torch.int32)
 
 
-def _factor(fisher, count, size, damping, relative):
+def _factor(fisher, count, size, damping, relative, device_damping):
     blocks = SymmetricBlocks(fisher, count, size)
+    damping = _either(device_damping, damping)
     lower, info = choose("factor", fisher.device, size).factor(blocks, damping, relative)
     return lower.data, info
 
@@ -235,36 +263,43 @@ def _solve(factor, count, size, rhs):
     return x.reshape(rhs.shape).contiguous()
 
 
-def _check_fused(fisher, count, size, g, rhs, decay, damping, relative):
+def _check_fused(fisher, count, size, g, rhs, decay, damping, relative, device_damping):
     op = "accumulate_factor_solve_"
     checks.storage(op, fisher, count, size)
     for name, vector in (("g", g), ("rhs", rhs)):
         checks.vectors(op, name, vector, fisher, count, size)
     checks.decay(op, decay)
     checks.non_negative(op, damping=damping)
+    checks.device_scalars(op, fisher, damping=device_damping)
 
 
-def _empty_fused(fisher, count, size, g, rhs, decay, damping, relative):
+def _empty_fused(fisher, count, size, g, rhs, decay, damping, relative, device_damping):
     return rhs.new_empty(rhs.shape), fisher.new_empty(count, dtype=torch.int32)
 
 
-def _fused(fisher, count, size, g, rhs, decay, damping, relative):
+def _fused(fisher, count, size, g, rhs, decay, damping, relative, device_damping):
     backend = choose("accumulate_factor_solve_", fisher.device, size)
     blocks = SymmetricBlocks(fisher, count, size)
-    result = backend.accumulate_factor_solve_(blocks, g, rhs, decay, damping, relative)
+    result = backend.accumulate_factor_solve_(blocks, g, rhs, decay, _either(device_damping, damping), relative)
     torch.autograd.graph.increment_version(fisher)
     return result
 
 
 def _check_step(
     params, grads, momenta, fishers, factors, skipped, counts, size, momentum_weights, fisher_weights,
-    lr, momentum, decay, damping, weight_decay, eps, *flags,
+    lr, momentum, decay, damping, weight_decay, eps, relative, graft, nesterov, maximize, update, refactor,
+    device_lr, device_damping, device_momentum_weights, device_fisher_weights,
 ):  # fmt: skip
     op = "mbf_step_"
     checks.decay(op, decay)
     checks.momentum(op, momentum)
     checks.non_negative(op, lr=lr, damping=damping, weight_decay=weight_decay, eps=eps)
-    checks.weights(op, len(params), momentum_weight=momentum_weights, fisher_weight=fisher_weights)
+    checks.device_scalars(op, params[0], lr=device_lr, damping=device_damping)
+    for name, numbers, tensors in (
+        ("momentum_weight", momentum_weights, device_momentum_weights),
+        ("fisher_weight", fisher_weights, device_fisher_weights),
+    ):
+        checks.weights(op, name, numbers, tensors, params)
     checks.step_tensors(op, params, grads, momenta, fishers, factors, skipped, counts, size)
 
 
@@ -273,7 +308,9 @@ def _empty_step(params, grads, momenta, fishers, factors, skipped, counts, size,
 
 
 def _step(
-    params, grads, momenta, fishers, factors, skipped, counts, size, momentum_weights, fisher_weights, *options
+    params, grads, momenta, fishers, factors, skipped, counts, size, momentum_weights, fisher_weights,
+    lr, momentum, decay, damping, weight_decay, eps, relative, graft, nesterov, maximize, update, refactor,
+    device_lr, device_damping, device_momentum_weights, device_fisher_weights,
 ):  # fmt: skip
     keep = [i for i, count in enumerate(counts) if count]
 
@@ -283,12 +320,20 @@ def _step(
     def pick_blocks(data):
         return [SymmetricBlocks(data[i], counts[i], size) for i in keep] if data else []
 
+    options = StepOptions(
+        _either(device_lr, lr), momentum, decay, _either(device_damping, damping), weight_decay, eps,
+        relative, graft, nesterov, maximize, update, refactor,
+    )  # fmt: skip
     info = choose("mbf_step_", params[0].device, size).mbf_step_(
         pick(params), pick(grads), pick(momenta), pick_blocks(fishers), pick_blocks(factors), pick(skipped),
-        pick(momentum_weights), pick(fisher_weights), StepOptions(*options),
+        pick(device_momentum_weights or momentum_weights), pick(device_fisher_weights or fisher_weights), options,
     )  # fmt: skip
     torch.autograd.graph.increment_version([*params, *momenta, *fishers, *factors, *skipped])
     return info
+
+
+def _either(device_scalar, number):
+    return number if device_scalar is None else device_scalar
 
 
 def _register(name: str, schema: str, check, empty, run) -> None:
@@ -315,7 +360,7 @@ _register(
 )
 _register(
     "factor",
-    "(Tensor fisher, int count, int size, float damping, bool relative) -> (Tensor, Tensor)",
+    "(Tensor fisher, int count, int size, float damping, bool relative, Tensor? device_damping) -> (Tensor, Tensor)",
     _check_factor,
     _empty_factor,
     _factor,
@@ -329,8 +374,8 @@ _register(
 )
 _register(
     "accumulate_factor_solve_",
-    "(Tensor(a!) fisher, int count, int size, Tensor g, Tensor rhs, float decay, float damping, bool relative)"
-    " -> (Tensor, Tensor)",
+    "(Tensor(a!) fisher, int count, int size, Tensor g, Tensor rhs, float decay, float damping, bool relative,"
+    " Tensor? device_damping) -> (Tensor, Tensor)",
     _check_fused,
     _empty_fused,
     _fused,
@@ -340,7 +385,8 @@ _register(
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] fishers, Tensor(d!)[] factors,"
     " Tensor(e!)[] skipped, int[] counts, int size, float[] momentum_weights, float[] fisher_weights,"
     " float lr, float momentum, float decay, float damping, float weight_decay, float eps, bool relative,"
-    " bool graft, bool nesterov, bool maximize, bool update, bool refactor) -> Tensor",
+    " bool graft, bool nesterov, bool maximize, bool update, bool refactor, Tensor? device_lr, Tensor? device_damping,"
+    " Tensor[] device_momentum_weights, Tensor[] device_fisher_weights) -> Tensor",
     _check_step,
     _empty_step,
     _step,

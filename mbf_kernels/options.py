@@ -1,16 +1,18 @@
-"""What all tensors of one ``mbf_step_`` share."""
+"""What all tensors of one ``mbf_step_`` share. A tensor is a number on the device, 0-d, float32 or float64."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class StepOptions:
-    lr: float  # alpha
+    lr: float | Tensor  # alpha
     momentum: float  # mu
     decay: float  # beta
-    damping: float  # lambda, or its multiple of trace(F)/n when relative
+    damping: float | Tensor  # lambda, or its multiple of trace(F)/n when relative
     weight_decay: float  # gamma
     eps: float
     relative: bool

@@ -1,6 +1,7 @@
 """Every op in plain ``torch.linalg``: the specification, the fallback, and what the kernels are tested against.
 
-Any block size, float32 and float64, any device. ``info`` [B] int32: 0 is good; k > 0 says that k (from 1) is the
+Any block size, float32 and float64, any device; a damping, rate or weight may be a number on the device, which is
+never read on the host. ``info`` [B] int32: 0 is good; k > 0 says that k (from 1) is the
 first pivot that is not positive and finite, or else the first element that is not finite.
 """
 
@@ -26,7 +27,7 @@ def accumulate_(
     _overwrite(fisher, updated, finite)
 
 
-def factor(fisher: SymmetricBlocks, damping: float, relative: bool) -> tuple[SymmetricBlocks, Tensor]:
+def factor(fisher: SymmetricBlocks, damping: float | Tensor, relative: bool) -> tuple[SymmetricBlocks, Tensor]:
     """L with L L^T = F + lambda I, and info; L = 0 for a bad block."""
     lower, info = _factored(fisher.to_dense(), damping, relative, zero_block_lambda=0.0)
     return SymmetricBlocks(pack_dense(lower), fisher.count, fisher.size), info
@@ -45,7 +46,7 @@ def accumulate_factor_solve_(
     g: Tensor,  # [B, n]
     rhs: Tensor,  # [B, n]
     decay: float,
-    damping: float,
+    damping: float | Tensor,
     relative: bool,
 ) -> tuple[Tensor, Tensor]:
     """The three in a row. A bad block keeps its F, and its x is 0."""
@@ -66,8 +67,8 @@ def mbf_step_(
     fishers: Sequence[SymmetricBlocks],
     factors: Sequence[SymmetricBlocks],
     skipped: Sequence[Tensor],
-    momentum_weights: Sequence[float],
-    fisher_weights: Sequence[float],
+    momentum_weights: Sequence[float] | Sequence[Tensor],
+    fisher_weights: Sequence[float] | Sequence[Tensor],
     options: StepOptions,
 ) -> Tensor:
     """One optimizer step for each tensor; returns the info of all blocks in a row."""
@@ -89,8 +90,8 @@ def _step(
     momentum: Tensor,
     fisher: SymmetricBlocks,
     cached: SymmetricBlocks | None,
-    momentum_weight: float,
-    fisher_weight: float,
+    momentum_weight: float | Tensor,
+    fisher_weight: float | Tensor,
     o: StepOptions,
 ) -> Tensor:
     blocks = (fisher.count, fisher.size)
@@ -112,12 +113,13 @@ def _step(
         info = _flag_nonfinite(info, vector)
     good = info == 0
 
-    rate = torch.full_like(p[:, :1], o.lr)
+    lr = _wide(o.lr)
+    rate = lr * torch.ones_like(p[:, :1])
     if o.graft:
-        mean = (1 - o.momentum) / momentum_weight * d
+        mean = (1 - o.momentum) / _wide(momentum_weight) * d
         u = mean / ((updated.diagonal(dim1=1, dim2=2) / fisher_weight).sqrt() + o.eps)
-        rate = o.lr * _length_ratio(u, p)
-    stepped = (1 - o.lr * o.weight_decay) * param.reshape(blocks) - rate * p
+        rate = lr * _length_ratio(u, p)
+    stepped = (1 - lr * o.weight_decay) * param.reshape(blocks) - rate * p
 
     if o.update:
         _overwrite(fisher, updated, good)
@@ -126,6 +128,11 @@ def _step(
     for tensor, new in ((momentum, m), (param, stepped)):
         tensor.copy_(torch.where(good[:, None], new, tensor.reshape(blocks)).view(tensor.shape))
     return info
+
+
+def _wide(number: float | Tensor) -> float | Tensor:
+    """Arithmetic among the numbers of a step is in double, on the device as in Python."""
+    return number.double() if isinstance(number, Tensor) else number
 
 
 def _accumulated(
@@ -139,7 +146,7 @@ def _accumulated(
 
 def _factored(
     dense: Tensor,  # [B, n, n]
-    damping: float,
+    damping: float | Tensor,
     relative: bool,
     zero_block_lambda: float,  # relative damping of a block whose trace is zero
 ) -> tuple[Tensor, Tensor]:
@@ -147,7 +154,7 @@ def _factored(
         trace = dense.diagonal(dim1=1, dim2=2).sum(1)
         damp = torch.where(trace > 0, damping * trace / dense.shape[1], zero_block_lambda)
     else:
-        damp = dense.new_full(dense.shape[:1], damping)
+        damp = damping * dense.new_ones(dense.shape[:1])
     lower, lapack = torch.linalg.cholesky_ex(dense + torch.diag_embed(damp[:, None].expand(dense.shape[:2])))
     diagonal = lower.diagonal(dim1=1, dim2=2)
     # LAPACK lets an infinite pivot pass and may stop at a later one

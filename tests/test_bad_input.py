@@ -108,6 +108,25 @@ for op, options in {
     "mbf_step_": list(DOMAINS),
 }.items():
     CASES += [(op, f"{option} = {value}", option, value) for option in options for value in DOMAINS[option]]
+BAD_SCALARS = {
+    "text": "much",
+    "none": None,
+    "integer": torch.tensor(1),
+    "half": torch.tensor(1.0, dtype=torch.float16),
+    "one dimension": torch.tensor([1.0]),
+    "device": torch.tensor(1.0, device="meta"),
+}
+for op, options in {
+    "factor": ["damping"],
+    "accumulate_factor_solve_": ["damping"],
+    "mbf_step_": ["lr", "damping", "momentum_weight", "fisher_weight"],
+}.items():
+    CASES += [(op, f"{option}: {name}", option, bad) for option in options for name, bad in BAD_SCALARS.items()]
+for option in ("momentum_weight", "fisher_weight"):
+    CASES += [
+        ("mbf_step_", f"{option}: too many tensors", option, [torch.tensor(1.0)] * 2),
+        ("mbf_step_", f"{option}: a tensor and a number", option, [torch.tensor(1.0), 1.0]),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -168,6 +187,13 @@ def test_no_silent_cut_of_a_graph(backend, op):
         getattr(mbf_kernels, op)(*args, **options)
     with torch.no_grad():
         getattr(mbf_kernels, op)(*args, **options)
+
+
+@pytest.mark.parametrize("op", ["factor", "accumulate_factor_solve_", "mbf_step_"])
+def test_no_silent_cut_of_a_graph_through_a_number_on_the_device(op):
+    args, options = valid(op)
+    with pytest.raises(RuntimeError, match=f"^{op}: "):
+        getattr(mbf_kernels, op)(*args, **options | dict(damping=torch.tensor(0.1, requires_grad=True)))
 
 
 @pytest.mark.parametrize("size", [1, 9, 25])

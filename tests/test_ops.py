@@ -354,6 +354,51 @@ def test_step_with_one_bias_correction_per_tensor(backend, device):
         assert_bitwise(problem.params[i], alone.params[i])
 
 
+EXACT = dict(lr=0.125, damping=0.5, momentum_weight=0.1875, fisher_weight=0.125)  # in float32 as in float64
+
+
+@over_dtypes
+@pytest.mark.parametrize("number", DTYPES, ids=lambda dtype: f"number={dtype}")
+@pytest.mark.parametrize("size", [1, 9, 25, 65, 129])
+@pytest.mark.parametrize("options", ["paper, decayed", "grafted, heavy ball"])
+def test_step_with_numbers_on_the_device(backend, device, size, dtype, number, options):
+    """Tensors of either dtype serve as well as floats, one for all tensors or one for each, and mixed with floats."""
+    options = OPTIONS[options] | EXACT
+    tensors = {name: torch.tensor(value, dtype=number, device=device) for name, value in EXACT.items()}
+    for numbers in (tensors | dict(fisher_weight=[tensors["fisher_weight"]] * 2), dict(lr=tensors["lr"])):
+        problem = Problem([9, 5], size, dtype, device)
+        problem.step(**options | numbers)
+        problem.check(**options)
+    assert all(tensor.item() == EXACT[name] for name, tensor in tensors.items())
+
+
+@over_dtypes
+@pytest.mark.parametrize("number", DTYPES, ids=lambda dtype: f"number={dtype}")
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("size", [1, 9, 25, 65, 129])
+def test_damping_on_the_device(backend, device, size, dtype, number, relative):
+    """The bits of the float."""
+    tensor = torch.tensor(0.5, dtype=number, device=device)
+    g, rhs = (randn(9, size, dtype=dtype, device=device, seed=s) for s in (1, 2))
+    results = []
+    for damping in (0.5, tensor):
+        f = SymmetricBlocks.from_dense(spd_blocks("well", 9, size, dtype, device))
+        lower, _ = factor(f, damping=damping, relative=relative)
+        x, _ = accumulate_factor_solve_(f, g, rhs, decay=0.9, damping=damping, relative=relative)
+        results.append((lower.data, x, f.data))
+    for a, b in zip(*results, strict=True):
+        assert_bitwise(a, b)
+
+
+def test_numbers_on_the_device_can_be_changed_in_place(backend, device):
+    lr = torch.tensor(0.125, device=device)
+    problem, other = (Problem([5], 9, torch.float32, device) for _ in range(2))
+    lr.fill_(0.25)
+    problem.step(lr=lr)
+    other.step(lr=0.25)
+    assert_bitwise(problem.params[0], other.params[0])
+
+
 @over_dtypes
 @pytest.mark.parametrize("size", [9, 22, 129])
 def test_step_with_cached_factors(backend, device, size, dtype):

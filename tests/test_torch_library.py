@@ -24,7 +24,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def use_everything(f, factors, g, rhs, w, m, skipped):
+def use_everything(f, factors, g, rhs, w, m, skipped, scalar):
     """Every public function once."""
     accumulate_(f, g, decay=0.9)
     accumulate_(f, torch.stack([g, rhs]), decay=0.9)
@@ -35,14 +35,18 @@ def use_everything(f, factors, g, rhs, w, m, skipped):
     step = dict(lr=0.1, momentum=0.9, decay=0.9, damping=0.1, factors=[factors], skipped=[skipped])
     infos = mbf_step_([w], [g], [m], [f], **step)
     infos += mbf_step_([w], [g], [m], [f], **step, graft="adam", nesterov=True, update=False, refactor=False)
-    return x + y, wide, info, *infos
+    on_device = dict(damping=scalar, lr=scalar, momentum_weight=scalar, fisher_weight=[scalar])
+    infos += mbf_step_([w], [g], [m], [f], **step | on_device, graft="adam")
+    factor(f, damping=scalar)
+    z, _ = accumulate_factor_solve_(f, g, rhs, decay=0.9, damping=scalar, relative=True)
+    return x + y + z, wide, info, *infos
 
 
 def arguments(size, dtype=torch.float64, count=37):
     f = SymmetricBlocks.from_dense(spd_blocks("well", count, size, dtype))
     factors = SymmetricBlocks.zeros(count, size, dtype)
     g, rhs, w, m = (randn(count, size, dtype=dtype, seed=s) for s in range(4))
-    return f, factors, g, rhs, w, m, torch.tensor(0)
+    return f, factors, g, rhs, w, m, torch.tensor(0), torch.tensor(0.1, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("size", [9, 22, 129])
@@ -85,7 +89,7 @@ def assert_same(a, b):
 
 def test_in_place_ops_count_as_changes():
     """autograd sees that a tensor it saved was changed."""
-    f, factors, g, rhs, w, m, skipped = arguments(9)
+    f, factors, g, rhs, w, m, skipped, _ = arguments(9)
     changed = {"F": f.data, "w": w, "m": m, "factors": factors.data, "skipped": skipped}
     before = {name: t._version for name, t in changed.items()}
     read = g._version

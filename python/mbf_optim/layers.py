@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .partition import Blocks, joins_bias, partition
+from .schedule import intervals
 
 
 @dataclass(frozen=True)
@@ -17,16 +19,24 @@ class Layer:
     bias: Tensor | None  # joins the weight as its last column
     blocks: list[Blocks]  # empty: the diagonal step
 
-    @property
+    @cached_property
     def params(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The tensor that the views of ``blocks`` take: the weight as it is where no bias joins, else a copy of
         [W | b]."""
-        if weight.ndim > 2 and self.blocks and self.blocks[0].structure != "filter":
+        if self.as_is:
+            return weight
+        if weight.ndim > 2:
             weight = weight.view(weight.shape[:2])
         return weight if self.bias is None else torch.cat([weight, bias[:, None]], 1)
+
+    @cached_property
+    def as_is(self) -> bool:
+        """Whether the views of ``blocks`` take the weight itself: no bias joins, no 1x1 taps to drop."""
+        is_filter = not self.blocks or self.blocks[0].structure == "filter"
+        return self.bias is None and (is_filter or self.weight.ndim == 2)
 
 
 def layers_of(group: dict, index_of_first: int) -> list[Layer]:
@@ -54,7 +64,7 @@ def _is_bias(bias: Tensor | None, weight: Tensor, group: dict) -> bool:
 
 def _blocks(name: str, weight: Tensor, bias: Tensor | None, group: dict) -> list[Blocks]:
     try:
-        return partition(
+        parts = partition(
             weight.shape,
             blocks=group["blocks"],
             segment=group["segment"],
@@ -63,5 +73,8 @@ def _blocks(name: str, weight: Tensor, bias: Tensor | None, group: dict) -> list
             grafted=group["graft"] is not None,
             bias=bias is not None,
         )
+        for part in parts:
+            intervals(part, group)
+        return parts
     except ValueError as error:
         raise ValueError(f"{error} ({name}, shape {list(weight.shape)})") from None

@@ -13,8 +13,9 @@ from mbf_kernels import SymmetricBlocks, accumulate_
 
 from .diagonal import diagonal_step_
 from .layers import Layer, layers_of
-from .options import check_options
+from .options import check_options, keep_device_scalars, with_numbers
 from .report import Report, Row
+from .schedule import advance, capturing, on_host, refuse_capture, weights
 from .shared import shared_step_
 from .tasks import LayerTensors, Task
 from .unshared import unshared_step_
@@ -38,10 +39,10 @@ class MBF(Optimizer):
     Args:
         params: parameters, ``model.named_parameters()`` (then the bias of a linear layer joins its weight as the last
             column) or param groups; every keyword below may be set per group.
-        lr: alpha. Start from Adam's.
+        lr: alpha. Start from Adam's. A number or a tensor of one element.
         momentum: mu in [0, 1).
         decay: beta in [0, 1], of F.
-        damping: lambda; a multiple of the block's mean diagonal when ``relative_damping``.
+        damping: lambda; a multiple of the block's mean diagonal when ``relative_damping``. A number or a tensor.
         relative_damping: see ``damping``.
         weight_decay: gamma, decoupled as in AdamW.
         graft: "adam" or None.
@@ -60,7 +61,10 @@ class MBF(Optimizer):
         diagonal_decay: beta_2 of the element-wise second moments.
         eps: of the element-wise second moments.
         maximize: ascend.
-        capturable: step inside CUDA graphs; needs CUDA kernels, which this version does not have.
+        capturable: ``step()`` may be captured in a CUDA graph. Counters live on the device and advance with every
+            replay; ``lr`` and ``damping`` as tensors on the parameters' device are read there, so that
+            ``group["lr"].fill_(x)`` between replays takes effect. Floats and all other options are fixed at capture.
+            Both intervals are 1: a shared matrix above 128 needs them set. Otherwise tensors are read by ``float()``.
 
     A mini-block whose gradient is not finite, or whose matrix cannot be factored, is left as it was and counted in
     ``report()``.
@@ -77,7 +81,7 @@ class MBF(Optimizer):
         *,
         momentum: float = 0.9,
         decay: float = 0.98,
-        damping: float = 0.3,
+        damping: float | Tensor = 0.3,
         relative_damping: bool = True,
         weight_decay: float = 0.0,
         graft: str | None = "adam",
@@ -103,7 +107,7 @@ class MBF(Optimizer):
         cls,
         params: ParamsT,
         lr: float | Tensor,
-        damping: float,
+        damping: float | Tensor,
         *,
         momentum: float = 0.9,
         decay: float = 0.9,
@@ -144,7 +148,13 @@ class MBF(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step for every parameter that has a gradient; returns the closure's loss."""
+        """One step for every parameter that has a gradient; returns the closure's loss.
+
+        Raises RuntimeError inside the capture of a CUDA graph where a group is not capturable, or where no step has
+        been taken before: the graph must not allocate the state.
+        """
+        if capturing() and not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError("MBF.step: expected capturable=True inside the capture of a CUDA graph, got False")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -164,7 +174,7 @@ class MBF(Optimizer):
                 if not layer.blocks or not _has_grad(layer):
                     continue
                 state = self._state(layer)
-                if state["step"]:
+                if on_host(state)["step"]:
                     raise RuntimeError(f"MBF.observe: expected no step so far, but {layer.name} has been stepped")
                 state["observed"] += 1
                 grad = LayerTensors.of(layer, self.state, maximize=False).grad
@@ -181,15 +191,22 @@ class MBF(Optimizer):
         """As in torch; F and L in canonical form, packed lower triangles [count, T]."""
         state_dict = super().state_dict()
         state_dict["state"] = {
-            index: {name: _portable(value) for name, value in state.items()}
+            index: {name: _portable(value) for name, value in (state | on_host(state)).items() if name != "clock"}
             for index, state in state_dict["state"].items()
         }
         return state_dict
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Raises ValueError, before anything changes, where the saved blocks do not fit the parameters."""
+        """Raises ValueError, before anything changes, where the saved blocks do not fit the parameters.
+
+        A group stays capturable, or not; the tensors ``lr`` and ``damping`` of a capturable one take the saved values.
+        The state is replaced: a CUDA graph must be captured again.
+        """
         self._check_saved(state_dict)
+        own = [{name: group[name] for name in ("capturable", "lr", "damping")} for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, options in zip(self.param_groups, own, strict=True):
+            keep_device_scalars(group, options)
         self._plan = None
         for state in self.state.values():
             for name, value in state.items():
@@ -212,6 +229,7 @@ class MBF(Optimizer):
         state = self.state[layer.weight]
         if state:
             return state
+        refuse_capture("the first step of a layer (it allocates state)")
         needs_square = not layer.blocks or any(blocks.shared for blocks in layer.blocks)
         for param in layer.params:
             self.state[param]["momentum"] = torch.zeros_like(param, memory_format=torch.preserve_format)
@@ -227,36 +245,41 @@ class MBF(Optimizer):
             )
         return state
 
+    def _advance(self, group: dict, layers: list[Layer]) -> None:
+        states = [self._state(layer) for layer in layers]
+        advance(states, [layer.blocks[0] if layer.blocks else None for layer in layers], self.state.values(), group)
+
     def _step_group(self, group: dict, layers: list[Layer]) -> None:
-        for layer in layers:
-            self._state(layer)["step"] += 1
+        group = with_numbers(group)
+        self._advance(group, layers)
         self._step_diagonal(group, [layer for layer in layers if not layer.blocks])
         blocked = [layer for layer in layers if layer.blocks]
         tensors = [LayerTensors.of(layer, self.state, group["maximize"]) for layer in blocked]
         tasks = [Task.of(blocks, t, self.state[t.layer.weight], group) for t in tensors for blocks in t.layer.blocks]
         unshared_step_([task for task in tasks if not task.blocks.shared], group)
         shared_step_([task for task in tasks if task.blocks.shared], group)
-        for task in tasks:
-            if task.blocks is task.tensors.layer.blocks[0]:
-                task.state["fisher_weight"] = task.fisher_weight(group["decay"])
         for t in tensors:
             t.write_back(self.state)
 
     def _step_diagonal(self, group: dict, layers: list[Layer]) -> None:
-        by_kind: dict[tuple, list[Tensor]] = {}
+        alike: dict[tuple, list[Tensor]] = {}
         for layer in layers:
-            by_kind.setdefault((layer.weight.device, layer.weight.dtype), []).append(layer.weight)
-        for params in by_kind.values():
+            weight, state = layer.weight, self.state[layer.weight]
+            time = id(state["clock"]) if "clock" in state else state["step"]
+            alike.setdefault((weight.device, weight.dtype, time), []).append(weight)
+        for params in alike.values():
             states = [self.state[param] for param in params]
+            momentum_weight, square_weight, _ = weights(states[0], group)
             diagonal_step_(
                 params,
                 [-param.grad if group["maximize"] else param.grad for param in params],
                 [state["momentum"] for state in states],
                 [state["second_moment"] for state in states],
-                [state["step"] for state in states],
-                lr=float(group["lr"]),
+                lr=group["lr"],
                 momentum=group["momentum"],
+                momentum_weight=momentum_weight,
                 decay=group["diagonal_decay"],
+                square_weight=square_weight,
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 adam=group["graft"] is not None,

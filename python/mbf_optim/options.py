@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
 
 from .partition import STRUCTURES
 
@@ -18,6 +22,8 @@ def check_options(options: dict) -> None:
     for name in ("update_interval", "factor_interval"):
         value = options[name]
         _require(value is None or _is_count(value), name, "None or an integer >= 1", value)
+        if options["capturable"]:
+            _require(value in (None, 1), name, "None or 1 with capturable=True", value)
     _require(_is_count(options["segment"]), "segment", "an integer >= 1", options["segment"])
     _require(options["graft"] in (None, "adam"), "graft", 'None or "adam"', options["graft"])
     _require(options["blocks"] in STRUCTURES, "blocks", f"one of {', '.join(STRUCTURES)}", options["blocks"])
@@ -25,7 +31,40 @@ def check_options(options: dict) -> None:
     is_grid = isinstance(grid, tuple | list) and len(grid) == 2 and all(map(_is_count, grid))
     _require(grid is None or is_grid, "grid", "None or two integers >= 1", grid)
     _require(options["blocks"] != "grid" or grid is not None, "grid", '(m1, m2) with blocks="grid"', grid)
-    _require(not options["capturable"], "capturable", "False: this version has no CUDA kernels", True)
+    if options["capturable"]:
+        for name in ("lr", "damping"):
+            if isinstance(options[name], Tensor):
+                _check_on_device(name, options[name], options.get("params", ()))
+
+
+def with_numbers(group: dict) -> dict:
+    """A copy of the group with lr and damping as steps use them: floats, or numbers on the device (in double, too)."""
+    return group | {name: _number_for_steps(group[name], group["capturable"]) for name in ("lr", "damping")}
+
+
+def _number_for_steps(value: float | Tensor, capturable: bool) -> float | Tensor:
+    return value.view(()).double() if capturable and isinstance(value, Tensor) else float(value)
+
+
+def keep_device_scalars(group: dict, own: dict) -> None:
+    """After loading: how a group runs is its own, and so are its rates' tensors, or floats; their values are loaded."""
+    group["capturable"] = own["capturable"]
+    for name in ("lr", "damping"):
+        if not isinstance(own[name], Tensor):
+            group[name] = float(group[name])
+        elif own["capturable"]:
+            group[name] = own[name].fill_(float(group[name]))
+
+
+def _check_on_device(name: str, value: Tensor, params: Iterable[Tensor]) -> None:
+    expected = f"{name} to be a number or a float32 or float64 tensor"
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"MBF: expected {expected} with capturable=True, got {value.dtype}")
+    for param in params:
+        if param.device != value.device:
+            raise ValueError(
+                f"MBF: expected {expected} on {param.device} with capturable=True, got it on {value.device}"
+            )
 
 
 def _is_count(value: object) -> bool:

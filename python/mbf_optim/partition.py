@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Blocks:
     sharing: int
     view: Callable[[Tensor], Tensor]
 
-    @property
+    @cached_property
     def shared(self) -> bool:
         return self.structure.endswith("averaged")
 

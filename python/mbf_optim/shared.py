@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mbf_kernels import SymmetricBlocks, accumulate_, factor, solve
 
-from .tasks import FRESH_SIZE, Task
+from .schedule import FRESH_SIZE, weights
+from .tasks import Task
 
 
 def shared_step_(tasks: list[Task], group: dict) -> None:
@@ -23,7 +24,7 @@ def shared_step_(tasks: list[Task], group: dict) -> None:
         _move(task, lower, group)
 
 
-def _factor_due(tasks: list[Task], damping: float, relative: bool) -> list[SymmetricBlocks]:
+def _factor_due(tasks: list[Task], damping: float | Tensor, relative: bool) -> list[SymmetricBlocks]:
     """L with L L^T = F + lambda I for every task: fresh where it is due, else cached. Zero where there is none."""
     factors = {id(task): task.factor for task in tasks if not task.refactor}
     by_size: dict[tuple, list[Task]] = {}
@@ -50,7 +51,7 @@ def _move(task: Task, lower: SymmetricBlocks, group: dict) -> None:
     v <- beta_2 v + (1 - beta_2) g^2: the diagonal of a shared matrix is not an element's second moment.
     A mini-block whose g or P is not finite, or whose matrix has no factor, keeps its weights, momentum and v.
     """
-    lr, mu = float(group["lr"]), group["momentum"]
+    lr, mu = group["lr"], group["momentum"]
     g = task.flat("grad")
     m = torch.add(g, task.flat("momentum"), alpha=mu)
     d = torch.add(g, m, alpha=mu) if group["nesterov"] else m
@@ -63,7 +64,7 @@ def _move(task: Task, lower: SymmetricBlocks, group: dict) -> None:
         rate = lr * torch.where(p_length > 0, u_length / p_length, 0)
     else:
         finite = p.sum(2, keepdim=True).isfinite()
-        rate = p.new_full((), lr)
+        rate = lr * p.new_ones(1)
     moved["weight"] = torch.addcmul((1 - lr * group["weight_decay"]) * task.flat("weight"), rate, p, value=-1)
 
     good = finite & (lower.diagonal() > 0).all(1, keepdim=True)  # [S, R, 1]
@@ -91,11 +92,12 @@ def _directions(
 
 def _adam(task: Task, g: Tensor, d: Tensor, group: dict) -> tuple[Tensor, Tensor]:
     """v <- beta_2 v + (1 - beta_2) g^2, and |u| of every mini-block [S, R, 1] for u = mhat / (sqrt(vhat) + eps)."""
-    t, mu, beta = task.state["step"], group["momentum"], group["diagonal_decay"]
+    mu, beta = group["momentum"], group["diagonal_decay"]
+    momentum_weight, square_weight, _ = weights(task.state, group)
     v = torch.addcmul(beta * task.flat("second_moment"), g, g, value=1 - beta)
-    u = (v / (1 - beta**t)).sqrt_().add_(group["eps"])
+    u = (v / square_weight).sqrt_().add_(group["eps"])
     torch.div(d, u, out=u)
-    return v, (1 - mu) / (1 - mu**t) * torch.linalg.vector_norm(u, dim=2, keepdim=True)
+    return v, (1 - mu) / momentum_weight * torch.linalg.vector_norm(u, dim=2, keepdim=True)
 
 
 def _write(task: Task, name: str, new: Tensor, good: Tensor) -> None:
@@ -109,9 +111,10 @@ def _write(task: Task, name: str, new: Tensor, good: Tensor) -> None:
 def _with_unit_scale(fishers: SymmetricBlocks) -> SymmetricBlocks:
     """Zero blocks (inputs that were never active) replaced by I: they have no scale for damping to be relative to."""
     zero = fishers.diagonal().sum(1) == 0
-    identity = torch.eye(fishers.size, dtype=fishers.dtype, device=fishers.device)
-    ones = SymmetricBlocks.from_dense(identity[None]).to_packed()
-    return SymmetricBlocks.from_packed(torch.where(zero[:, None], ones, fishers.to_packed()))
+    packed = fishers.to_packed()
+    i = torch.arange(fishers.size, device=fishers.device)
+    identity = torch.zeros_like(packed[0]).index_fill_(0, i * (i + 3) // 2, 1)
+    return SymmetricBlocks.from_packed(torch.where(zero[:, None], identity, packed))
 
 
 def _keep_bad(cached: SymmetricBlocks | None, new: SymmetricBlocks, bad: Tensor) -> SymmetricBlocks:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mbf_kernels import SymmetricBlocks
 
 from .layers import Layer
 from .partition import Blocks
-
-FRESH_SIZE = 128  # up to here a shared F is updated and factored at every step, unless told otherwise
-LAZY_INTERVALS = (10, 100)  # T1 and T2 of the paper's image problems, for larger shared matrices
+from .schedule import intervals
 
 
-@dataclass
+@dataclass(slots=True)
 class LayerTensors:
     """W, g, M and v of a layer as the views of its blocks take them: copies where a bias joins."""
 
@@ -27,18 +26,18 @@ class LayerTensors:
 
     @classmethod
     def of(cls, layer: Layer, states: dict, maximize: bool) -> LayerTensors:
-        def joined(tensors: list[Tensor]) -> Tensor:
-            return layer.matrix(*tensors, *[None] * (2 - len(tensors)))
-
-        grads = [param.grad if param.grad is not None else param.new_zeros(param.shape) for param in layer.params]
-        squares = [states[param].get("second_moment") for param in layer.params]
-        grad = joined(grads)
+        weight, bias = layer.weight, layer.bias
+        state, bias_state = states[weight], {} if bias is None else states[bias]
+        square = state.get("second_moment")
+        if layer.as_is:
+            return cls(layer, weight, -weight.grad if maximize else weight.grad, state["momentum"], square)
+        grad = layer.matrix(_grad(weight), None if bias is None else _grad(bias))
         return cls(
             layer,
-            joined(layer.params),
+            layer.matrix(weight, bias),
             -grad if maximize else grad,
-            joined([states[param]["momentum"] for param in layer.params]),
-            joined(squares) if squares[0] is not None else None,
+            layer.matrix(state["momentum"], bias_state.get("momentum")),
+            None if square is None else layer.matrix(square, bias_state.get("second_moment")),
         )
 
     def write_back(self, states: dict) -> None:
@@ -54,7 +53,11 @@ class LayerTensors:
                 states[param]["second_moment"].copy_(self.second_moment[:, columns])
 
 
-@dataclass
+def _grad(param: Tensor) -> Tensor:
+    return param.grad if param.grad is not None else torch.zeros_like(param)
+
+
+@dataclass(slots=True)
 class Task:
     """The blocks of one kind of one layer, in one step."""
 
@@ -67,10 +70,10 @@ class Task:
 
     @classmethod
     def of(cls, blocks: Blocks, tensors: LayerTensors, state: dict, group: dict) -> Task:
+        t1, t2 = intervals(blocks, group)
+        if t1 == t2 == 1:
+            return cls(blocks, tensors, state, update=True, refactor=True, cached=False)
         t = state["step"] - 1  # the paper counts from 0
-        default = LAZY_INTERVALS if blocks.shared and blocks.size > FRESH_SIZE else (1, 1)
-        t1 = group["update_interval"] or default[0]
-        t2 = group["factor_interval"] or default[1]
         update = t % t1 == 0
         missing = t2 > 1 and "factor" + blocks.suffix not in state
         refactor = (t <= t2 and update) or t % t2 == 0 or missing
@@ -95,8 +98,3 @@ class Task:
     def flat(self, name: str) -> Tensor:
         """One of the layer's tensors as [S, R, n]."""
         return self.blocks.flat(getattr(self.tensors, name))
-
-    def fisher_weight(self, decay: float) -> float:
-        """1 - beta^k after k updates, this step's included: the sum of the weights in F."""
-        weight = self.state["fisher_weight"]
-        return decay * weight + (1 - decay) if self.update else weight

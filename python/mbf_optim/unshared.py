@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mbf_kernels import SymmetricBlocks, mbf_step_
 
+from .schedule import weights
 from .tasks import Task
 
 
@@ -19,6 +20,7 @@ def unshared_step_(tasks: list[Task], group: dict) -> None:
 
 def _launch(tasks: list[Task], group: dict) -> None:
     first = tasks[0]
+    momentum_weights, _, fisher_weights = zip(*(weights(task.state, group) for task in tasks), strict=True)
     for task in tasks if first.cached else ():
         if task.factor is None:
             task.factor = SymmetricBlocks.zeros(
@@ -29,7 +31,7 @@ def _launch(tasks: list[Task], group: dict) -> None:
         [task.view("grad") for task in tasks],
         [task.view("momentum") for task in tasks],
         [task.fisher for task in tasks],
-        lr=float(group["lr"]),
+        lr=group["lr"],
         momentum=group["momentum"],
         decay=group["decay"],
         damping=group["damping"],
@@ -38,8 +40,8 @@ def _launch(tasks: list[Task], group: dict) -> None:
         graft=group["graft"],
         nesterov=group["nesterov"],
         eps=group["eps"],
-        momentum_weight=[1 - group["momentum"] ** task.state["step"] for task in tasks],
-        fisher_weight=[task.fisher_weight(group["decay"]) or 1.0 for task in tasks],
+        momentum_weight=momentum_weights,
+        fisher_weight=fisher_weights,
         update=first.update,
         factors=[task.factor for task in tasks] if first.cached else None,
         refactor=first.refactor,
