@@ -26,6 +26,9 @@ public:
     MBF_FN BlockCursor(const Strides& block, int64_t first)
         : block_(block), run_(quotient(first, block.inner_count)), at_(first - run_ * block.inner_count) {}
 
+    // Whether `count` blocks from the first on are at equal distances.
+    MBF_FN bool is_one_run(int count) const { return at_ + count <= block_.inner_count; }
+
     // Offset of block first + i.
     MBF_FN int64_t operator[](int i) const {
         int64_t run = run_, at = at_ + i;
@@ -55,7 +58,11 @@ MBF_FN void for_each_element(const BlockView& view, int n, int64_t first, int ac
     const BlockCursor blocks(view.block, first);
     S* base = static_cast<S*>(view.base);
     const int pitch = vector_pitch(n), thread = threadIdx.x, threads = blockDim.x;
-    if (view.element.inner == 1 && view.element.inner_count >= n) {
+    const bool rows = view.element.inner == 1 && view.element.inner_count >= n;
+    if (rows && view.block.inner == n && blocks.is_one_run(active)) {  // one block after the other
+        S* first_element = base + blocks[0];
+        for (int e = thread; e < active * n; e += threads) move(pitch == n ? e : e + e / n, first_element + e);
+    } else if (rows) {
         for (int e = thread; e < active * n; e += threads) {
             const int i = e / n, k = e - i * n;
             move(i * pitch + k, base + blocks[i] + k);

@@ -34,7 +34,9 @@ class ThreadKernel {
 public:
     static constexpr int kBlocks = kTiles * kTileBlocks;  // of a thread block
     static constexpr int kThreads = kBlocks;
-    static constexpr int kMinBlocks = 0;
+    // As many at once as fit in the shared memory of compute capability 9.0, and no fewer than 64 registers a thread.
+    static constexpr int kFitting = static_cast<int>(227 * 1024 / (kTiles * kTileBytes));
+    static constexpr int kMinBlocks = kFitting * kThreads > 1024 ? 1024 / kThreads : kFitting;
     static size_t shared_bytes(int) { return kTiles * kTileBytes; }
 
     MBF_FN ThreadKernel(const Problem& problem, const Parameters& parameters, int, int unit)

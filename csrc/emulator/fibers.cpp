@@ -2,7 +2,6 @@
 // share here is not the kernel's affair.
 #include "fibers.h"
 
-#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,15 +39,19 @@ struct Copy {
 
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
 
-// A stack and a place on it. Switching jumps; a context is only made to get onto a new stack.
+#define MBF_JUMPS __attribute__((noinline, no_sanitize("address", "undefined")))
+
+// A stack and a place on it. Switching jumps; a context is only made to get onto a new stack. The compiler's own jumps:
+// those of the C library refuse to change stacks where _FORTIFY_SOURCE is defined, and make AddressSanitizer forget
+// what it knows of the stack, slowly.
 class Context {
 public:
-    // The switch from `from` to `to`, told to the sanitizers.
-    static void swap(Context& from, Context& to) {
+    // The switch from `from` to `to`, told to the sanitizers; `for_good`: nobody will switch back.
+    MBF_JUMPS static void swap(Context& from, Context& to, [[maybe_unused]] bool for_good = false) {
 #if defined(__SANITIZE_ADDRESS__)
-        __sanitizer_start_switch_fiber(&from.fake_stack_, to.bottom_, to.size_);
+        __sanitizer_start_switch_fiber(for_good ? nullptr : &from.fake_stack_, to.bottom_, to.size_);
 #endif
-        if (_setjmp(from.place_) == 0) {
+        if (__builtin_setjmp(from.place_) == 0) {
 #if defined(MBF_FIND_RACES)
             __tsan_switch_to_fiber(to.tsan_, __tsan_switch_to_fiber_no_sync);
 #endif
@@ -70,7 +73,7 @@ protected:
 #endif
     }
 
-    jmp_buf place_;
+    void* place_[5];
     ucontext_t start_;
     bool started_ = true;
     const void* bottom_ = nullptr;
@@ -83,8 +86,8 @@ protected:
 #endif
 
 private:
-    [[noreturn]] void enter() {
-        if (started_) _longjmp(place_, 1);
+    MBF_JUMPS void enter() {
+        if (started_) __builtin_longjmp(place_, 1);
         started_ = true;
         setcontext(&start_);
         abort();
@@ -126,15 +129,23 @@ void await(char* token) {
 
 class Fiber : public Context {
 public:
-    Fiber() : stack_(kStackBytes) {}
-    ~Fiber() { end_race_detection(); }
+    Fiber() : stack_(kStackBytes) {
+#if defined(MBF_FIND_RACES)
+        tsan_ = __tsan_create_fiber(0);
+#endif
+    }
+    ~Fiber() {
+#if defined(MBF_FIND_RACES)
+        __tsan_destroy_fiber(tsan_);
+#endif
+    }
 
     void prepare(int thread) {
         index = thread;
         copies.clear();
         state = State::kReady;
         mask = 0;
-        arrivals = 0;
+        block_arrivals = warp_arrivals = 0;
         bottom_ = stack_.data();
         size_ = stack_.size();
         started_ = false;
@@ -143,27 +154,16 @@ public:
         start_.uc_stack.ss_size = stack_.size();
         start_.uc_link = nullptr;
         makecontext(&start_, &Fiber::main, 0);
-        end_race_detection();
-#if defined(MBF_FIND_RACES)
-        tsan_ = __tsan_create_fiber(0);
-#endif
     }
 
     int index;
     std::vector<Copy> copies;  // started, not finished
     State state;
-    unsigned mask;  // of the warp barrier it waits at
-    int arrivals;   // barriers reached so far
+    unsigned mask;                      // of the warp barrier it waits at
+    int block_arrivals, warp_arrivals;  // barriers reached so far, either kind for itself: groups differ in the other
 
 private:
-    static void main();
-
-    void end_race_detection() {
-#if defined(MBF_FIND_RACES)
-        if (tsan_) __tsan_destroy_fiber(tsan_);
-        tsan_ = nullptr;
-#endif
-    }
+    MBF_JUMPS static void main();  // never returns: no redzones of its own to leave behind
 
     std::vector<char> stack_;
 };
@@ -184,13 +184,13 @@ void Fiber::main() {
     (*body)();
     signal(&block_ended);
     running->state = State::kDone;
-    Context::swap(*running, scheduler);
+    Context::swap(*running, scheduler, true);
 }
 
 // Hands over until everybody is at the barrier.
-void wait(State barrier, unsigned mask, char* tokens) {
+void wait(State barrier, unsigned mask, char* tokens, int& arrivals) {
     Fiber& self = *running;
-    char* token = tokens + self.arrivals++ % 2;
+    char* token = tokens + arrivals++ % 2;
     self.state = barrier;
     self.mask = mask;
     signal(token);
@@ -279,12 +279,12 @@ void finish_copies() {
 }
 
 void wait_for_block() {
-    wait(State::kAtBlockBarrier, 0, barriers);
+    wait(State::kAtBlockBarrier, 0, barriers, running->block_arrivals);
 }
 
 void wait_for_warp(unsigned mask) {
     const int first = running->index / kWarp * kWarp + __builtin_ctz(mask);
-    wait(State::kAtWarpBarrier, mask, warp_barriers + 2 * first);
+    wait(State::kAtWarpBarrier, mask, warp_barriers + 2 * first, running->warp_arrivals);
 }
 
 void set_schedule(unsigned seed) {
