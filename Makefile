@@ -4,6 +4,7 @@
 # make gpu     on a machine with an NVIDIA GPU: build, test, sanitize and measure, in under nine minutes
 # make sanitize-address, make sanitize-thread    the CPU and the emulated GPU kernels under sanitizers: cmake and a C++
 #              compiler are all they need
+# make gates   compile the GPU kernels for several architectures, no GPU needed, and hold them to the pinned tables
 # make lint    ruff and clang-format, versions pinned
 # make format  the same, fixing what they can
 # make clean   remove what the others made
@@ -26,9 +27,9 @@ ARCHITECTURES ?= 90
 LINTERS = ruff==0.17.5 clang-format==23.1.5
 PY = $(VENV)/bin/python
 NATIVE = $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.toml
-SOURCES_CXX = $(shell find csrc -name '*.h' -o -name '*.cpp')
+SOURCES_CXX = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test bench gpu sanitize-address sanitize-thread lint format clean
+.PHONY: demo test bench gpu gates sanitize-address sanitize-thread lint format clean
 
 demo: $(VENV)/installed
 	$(PY) -m benchmarks.demo $(if $(FAST),--fast)
@@ -48,6 +49,11 @@ sanitize-address sanitize-thread: sanitize-%:
 	cmake -S . -B build/sanitize-$* -DMBF_SANITIZE=$*
 	cmake --build build/sanitize-$* --parallel $(shell nproc)
 	printf '%s\n' cpu 'emulated float' 'emulated double' | xargs -L 1 -P $(shell nproc) build/sanitize-$*/driver
+
+gates: $(VENV)/installed
+	$(PY) -m pip install --quiet pybind11 cmake ninja triton
+	$(PY) tools/cuda_gate.py --check
+	[ ! -f tools/triton_gate.py ] || $(PY) tools/triton_gate.py --check
 
 lint: $(VENV)/linters
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,122 @@
+"""The sanitized driver (`make sanitize-address`, `make sanitize-thread`) bites: a kernel with one barrier, one index or
+one wait wrong is caught, and the kernel as it is passes in the same build.
+
+Only the emulated group kernel for n = 24 in float, compiled without optimization: seconds, not minutes.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CXX = shutil.which("g++")
+FLAGS = {
+    "plain": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+CASES = ["emulated", "group", "float", "n=24"]
+
+TEAM, STAGING = "cuda/team_kernel.cuh", "cuda/staging.cuh"
+# Name -> file, what stands there, what stands there instead.
+MUTATIONS = {
+    "no barrier in the sweep": (TEAM, "sync();\n                const S pivot", "const S pivot"),
+    "no barrier before the stores": (TEAM, "fused_block();\n        __syncthreads();", "fused_block();"),
+    "no barrier after the copies": (STAGING, "wait_prior(0);\n    __syncthreads();", "wait_prior(0);"),
+    "no wait for the copies": (STAGING, "    __pipeline_wait_prior(0);\n", ""),
+    "no wait for the right-hand side": (
+        TEAM,
+        "fetch(0, rhs);\n            await_copies",
+        "fetch(0, rhs); __syncthreads",
+    ),
+    "index of a global store": (TEAM, "to[t * entry_stride(n_)] = triangle", "to[t * entry_stride(n_) + 1] = triangle"),
+    "index of a shared store": (TEAM, "column[r_ * kRows + a] = entries_", "column[r_ * kRows + a + 1] = entries_"),
+    "index past shared memory": (TEAM, "kTeams * kTeamScalars) + team_;", "kTeams * kTeamScalars) + team_ + 1;"),
+}
+
+
+def run(*command: object) -> subprocess.CompletedProcess:
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, errors="replace")
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory):
+    """build(flavour, mutation or None) -> the driver's path. What no mutation touches is compiled once per flavour."""
+    if not CXX:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("sanitizers")
+
+    def compile(flavour, source, tree, target, *flags):
+        common = ["-std=gnu++17", "-O0", "-g", "-Wno-psabi", "-Wno-unknown-pragmas", "-ffp-contract=fast"]
+        done = run(CXX, *common, *flags, "-c", tree / source, "-o", target)
+        assert done.returncode == 0, done.stderr
+        return target
+
+    def check_flavour(flavour):
+        (folder / "empty.cpp").write_text("int main() {}")
+        empty = folder / "empty"
+        if run(CXX, *FLAGS[flavour], folder / "empty.cpp", "-o", empty).returncode or run(empty).returncode:
+            pytest.skip(f"g++ has no working {' '.join(FLAGS[flavour])} here")
+
+    unchanged = {}
+
+    def unchanged_objects(flavour):
+        if flavour not in unchanged:
+            check_flavour(flavour)
+            flags, gpu = FLAGS[flavour], ["-DMBF_GPU=emulated", f"-I{ROOT}/csrc/emulator"]
+            fibers = ["-DMBF_FIND_RACES"] if flavour == "thread" else flags
+            unchanged[flavour] = [
+                compile(flavour, "tests/native/driver.cpp", ROOT, folder / f"{flavour}_driver.o", *flags),
+                compile(flavour, "csrc/emulator/fibers.cpp", ROOT, folder / f"{flavour}_fibers.o", *fibers),
+                compile(flavour, "csrc/cuda/launch.cpp", ROOT, folder / f"{flavour}_launch.o", *flags, *gpu),
+            ]
+        return unchanged[flavour]
+
+    def build(flavour, mutation=None):
+        objects = unchanged_objects(flavour)
+        tree = folder / f"{flavour} {mutation}"
+        shutil.copytree(ROOT / "csrc", tree / "csrc")
+        if mutation:
+            name, old, new = MUTATIONS[mutation]
+            text = (tree / "csrc" / name).read_text()
+            assert text.count(old) == 1, f"{name} no longer has exactly one {old!r}: adapt the mutation"
+            (tree / "csrc" / name).write_text(text.replace(old, new))
+        kernel = compile(
+            flavour, "csrc/emulator/team_kernels.cpp", tree, tree / "kernel.o", *FLAGS[flavour],
+            f"-I{tree}/csrc/emulator", "-DMBF_GPU=emulated", "-DMBF_SCALAR=float", "-DMBF_ENTRY=group_float",
+            "-DMBF_FOR_EACH_TEAM(X)=X(24, 4, 2, 8)",
+        )  # fmt: skip
+        # The driver knows kernels that are not there; these cases do not call them.
+        lenient = ["-no-pie", "-Wl,--unresolved-symbols=ignore-all"]
+        done = run(CXX, *FLAGS[flavour], *lenient, *objects, kernel, "-o", tree / "driver", "-lpthread")
+        assert done.returncode == 0, done.stderr
+        return tree / "driver"
+
+    return build
+
+
+@pytest.mark.parametrize("flavour", FLAGS)
+def test_the_kernel_as_it_is(builds, flavour):
+    done = run(builds(flavour), *CASES)
+    assert done.returncode == 0 and "60 cases, 0 failures" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("flavour, mutation, report", [
+    ("thread", "no barrier in the sweep", "ThreadSanitizer: data race"),
+    ("thread", "no barrier before the stores", "ThreadSanitizer: data race"),
+    ("thread", "no barrier after the copies", "ThreadSanitizer: data race"),
+    ("plain", "no barrier in the sweep", "FAILED"),
+    ("plain", "no barrier before the stores", "FAILED"),
+    ("plain", "no barrier after the copies", "FAILED"),
+    ("plain", "no wait for the copies", "FAILED"),
+    ("plain", "no wait for the right-hand side", "FAILED"),
+    ("plain", "index of a global store", "wrote outside of its memory"),
+    ("plain", "index of a shared store", "FAILED"),
+    ("address", "index of a global store", "AddressSanitizer: use-after-poison"),
+    ("address", "index past shared memory", "AddressSanitizer: use-after-poison"),
+])  # fmt: skip
+def test_a_mutation_is_caught(builds, flavour, mutation, report):
+    done = run(builds(flavour, mutation), *CASES)
+    assert done.returncode != 0 and report in done.stderr, done.stdout + done.stderr
