@@ -79,9 +79,13 @@ class Kernel:
             tiles = next(count for count in (4, 2, 1) if count * tile <= 49152 or count == 1)
             return tiles * TILE, tiles * TILE, tiles * tile
         rows, columns, teams = map(int, re.search(r"(\d+)x(\d+)x(\d+)", self.name).groups())
-        lanes = rows * columns
-        scalars = (triangle + 3) // 4 * 4 + 3 * pitch + 2 * (self.size + 4) + 3 * self.size + lanes
-        return teams, teams * lanes, teams * (4 * scalars + 4)
+
+        def team_pitch(length: int) -> int:
+            return length if teams == 1 else length + (rows - length) % 32
+
+        padded = (triangle + 3) // 4 * 4
+        scalars = 2 * team_pitch(self.size + 4) + 2 * self.size + team_pitch(padded) + 3 * pitch
+        return teams, teams * rows * columns, teams * (4 * scalars + 4)
 
 
 class Data:

@@ -50,50 +50,89 @@ MBF_FN int64_t element_offset(const Strides& element, int k) {
     return k / count * element.outer + k % count * element.inner;
 }
 
-// Calls move(index in shared memory, address in global memory) for n elements of `active` <= kBlocks blocks, all
-// threads together. Neighbouring threads take neighbouring addresses: of one block where its elements are contiguous,
-// of consecutive blocks otherwise (channels_last).
-template <class S, int kBlocks, class Move>
-MBF_FN void for_each_element(const BlockView& view, int n, int64_t first, int active, Move move) {
-    const BlockCursor blocks(view.block, first);
-    S* base = static_cast<S*>(view.base);
-    const int pitch = vector_pitch(n), thread = threadIdx.x, threads = blockDim.x;
-    const bool rows = view.element.inner == 1 && view.element.inner_count >= n;
-    if (rows && view.block.inner == n && blocks.is_one_run(active)) {  // one block after the other
-        S* first_element = base + blocks[0];
-        for (int e = thread; e < active * n; e += threads) move(pitch == n ? e : e + e / n, first_element + e);
-    } else if (rows) {
-        for (int e = thread; e < active * n; e += threads) {
-            const int i = e / n, k = e - i * n;
-            move(i * pitch + k, base + blocks[i] + k);
-        }
-    } else {
-        for (int e = thread; e < kBlocks * n; e += threads) {
-            const int k = e / kBlocks, i = e % kBlocks;
-            if (i < active) move(i * pitch + k, base + blocks[i] + element_offset(view.element, k));
+// Where a block's elements are contiguous.
+MBF_FN bool has_rows(const BlockView& view, int n) {
+    return view.element.inner == 1 && view.element.inner_count >= n;
+}
+
+// What kThreads threads together move for kBlocks blocks of size n <= N. Trip counts are bounded by the template's
+// numbers, so that loops unroll into accesses at fixed distances.
+template <class S, int N, int kBlocks, int kThreads>
+struct Staging {
+    // Starts a copy; await_copies ends it.
+    static MBF_FN void fetch_vectors(S* to, const BlockView& view, int n, int64_t first, int active) {
+        for_each_element(view, n, first, active,
+                         [=](int at, const S* from) { __pipeline_memcpy_async(to + at, from, sizeof(S)); });
+    }
+
+    static MBF_FN void store_vectors(const S* from, const BlockView& view, int n, int64_t first, int active) {
+        for_each_element(view, n, first, active, [=](int at, S* to) { *to = from[at]; });
+    }
+
+    // Of contiguous scalars, a multiple of 16 bytes and at most kMaxCount: starts their copy; stores them.
+    template <int kMaxCount>
+    static MBF_FN void fetch_contiguous(S* to, const S* from, int count) {
+        for_each_chunk<kMaxCount>(count, [=](int e) { __pipeline_memcpy_async(to + e, from + e, 16); });
+    }
+
+    template <int kMaxCount>
+    static MBF_FN void store_contiguous(S* to, const S* from, int count) {
+        for_each_chunk<kMaxCount>(count, [=](int e) {
+            *reinterpret_cast<uint4*>(to + e) = *reinterpret_cast<const uint4*>(from + e);
+        });
+    }
+
+private:
+    template <int kMaxCount, class Move>
+    static MBF_FN void for_each_chunk(int count, Move move) {
+        constexpr int kChunk = 16 / sizeof(S), kStep = kChunk * kThreads;
+        MBF_UNROLL
+        for (int done = 0; done < kMaxCount; done += kStep) {
+            const int e = done + static_cast<int>(threadIdx.x) * kChunk;
+            if (e < count) move(e);
         }
     }
-}
 
-// Starts a copy; __pipeline_wait_prior(0) and a barrier end it.
-template <class S, int kBlocks>
-MBF_FN void fetch_vectors(S* to, const BlockView& view, int n, int64_t first, int active) {
-    for_each_element<S, kBlocks>(view, n, first, active,
-                                 [=](int at, const S* from) { __pipeline_memcpy_async(to + at, from, sizeof(S)); });
-}
-
-template <class S, int kBlocks>
-MBF_FN void store_vectors(const S* from, const BlockView& view, int n, int64_t first, int active) {
-    for_each_element<S, kBlocks>(view, n, first, active, [=](int at, S* to) { *to = from[at]; });
-}
-
-// Starts the copy of `count` contiguous scalars, a multiple of 16 bytes.
-template <class S>
-MBF_FN void fetch_contiguous(S* to, const S* from, int count) {
-    constexpr int kChunk = 16 / sizeof(S);
-    for (int e = threadIdx.x * kChunk; e < count; e += blockDim.x * kChunk)
-        __pipeline_memcpy_async(to + e, from + e, 16);
-}
+    // Calls move(index in shared memory, address in global memory) for n elements of `active` blocks. Neighbouring
+    // threads take neighbouring addresses: of one block where its elements are contiguous, of consecutive blocks
+    // otherwise (channels_last).
+    template <class Move>
+    static MBF_FN void for_each_element(const BlockView& view, int n, int64_t first, int active, Move move) {
+        const BlockCursor blocks(view.block, first);
+        S* base = static_cast<S*>(view.base);
+        const int pitch = vector_pitch(n), thread = threadIdx.x;
+        const bool one_run = blocks.is_one_run(active);
+        if (!has_rows(view, n)) {
+            for (int e = thread; e < kBlocks * n; e += kThreads) {
+                const int k = e / kBlocks, i = e % kBlocks;
+                if (i < active) move(i * pitch + k, base + blocks[i] + element_offset(view.element, k));
+            }
+        } else if (kBlocks < kThreads && one_run) {  // block by block
+            S* block = base + blocks[0];
+            MBF_UNROLL
+            for (int i = 0; i < kBlocks; ++i) {
+                MBF_UNROLL
+                for (int done = 0; done < N; done += kThreads) {
+                    const int k = done + thread;
+                    if (i < active && k < n) move(i * pitch + k, block + k);
+                }
+                block += view.block.inner;
+            }
+        } else if (kBlocks == kThreads && one_run && view.block.inner == n) {  // a run of scalars
+            S* first_element = base + blocks[0];
+            MBF_UNROLL
+            for (int done = 0; done < kBlocks * N; done += kThreads) {
+                const int e = done + thread;
+                if (e < active * n) move(pitch == n ? e : e + e / n, first_element + e);
+            }
+        } else {
+            for (int e = thread; e < active * n; e += kThreads) {
+                const int i = e / n, k = e - i * n;
+                move(i * pitch + k, base + blocks[i] + k);
+            }
+        }
+    }
+};
 
 MBF_FN void await_copies() {
     __pipeline_commit();

@@ -4,6 +4,9 @@
 // [a][b] is (a PR + r, b PC + c). The triangle is factored column by column: whoever owns a column shows it to the team
 // in shared memory, and everybody updates what he owns. A right-hand side rides along as one more row, so the forward
 // substitution is done with the last column. Blocks are padded to N with the identity.
+//
+// With PC = 1 a lane owns whole rows: a column's number is then known to the compiler, the lane's own part of it is in
+// registers, and the rest is read four scalars at a time.
 #pragma once
 
 #include "staging.cuh"
@@ -20,17 +23,26 @@ class TeamKernel {
     static_assert(N % PR == 0 && PR % PC == 0 && (kLanes < 32 ? 32 % kLanes : kLanes % 32) == 0);
     static_assert(kLanes <= 32 || kTeams == 1);
 
+    // Scalars from one team's to the next one's in shared memory, for `length` and at least that. Row r of a triangle
+    // starts r (r + 1) / 2 scalars in, which for the rows of a power of two in sequence are all different modulo it:
+    // lanes of one column, in all teams of a warp, are on banks of their own when a team's pitch is PR modulo them.
+    static MBF_HOST_DEVICE constexpr int team_pitch(int length) {
+        constexpr int kBanks = 128 / sizeof(S);
+        return kTeams == 1 ? length : length + (PR % kBanks + kBanks - length % kBanks) % kBanks;
+    }
+
     // Of a team, in shared memory: two columns in turn, each with its entry of the right-hand side; what each pivot
-    // leaves for the backward substitution; a solution; a number per lane to reduce.
-    static constexpr int kColumn = N + 4;
-    static constexpr int kTeamScalars = 2 * kColumn + 3 * N + kLanes;
+    // leaves for the backward substitution, an entry of L^-1 rhs and the pivot's inverse.
+    static constexpr int kColumn = team_pitch(N + 4);
+    static constexpr int kSolved = 2 * N;
+    static constexpr int kMaxTriangle = padded_triangle_size(N);
 
 public:
     static constexpr int kBlocks = kTeams;  // of a thread block
     static constexpr int kThreads = kTeams * kLanes;
     static constexpr int kMinBlocks = 1;  // spills cost more than occupancy
     static size_t shared_bytes(int n) {
-        const int scalars = padded_triangle_size(n) + 3 * vector_pitch(n) + kTeamScalars;
+        const int scalars = 2 * kColumn + kSolved + triangle_pitch(n) + 3 * vector_pitch(n);
         return kTeams * (scalars * sizeof(S) + sizeof(int));
     }
 
@@ -47,13 +59,21 @@ public:
         active_ = left < kBlocks ? static_cast<int>(left) : kBlocks;
     }
 
+    // One path through the ops, so that what they share is compiled once. Teams beyond the last block work on whatever
+    // lies in shared memory, and store nothing: all lanes of a warp meet at its barriers.
     MBF_FN void run_op(Op op) {
-        switch (op) {
-            case Op::kAccumulate: return accumulate_blocks();
-            case Op::kFactor: return factor_blocks();
-            case Op::kSolve: return solve_blocks();
-            default: return fused_blocks();
-        }
+        if (op == Op::kSolve) return solve_blocks();
+        fetch_triangles(fisher());
+        if (op != Op::kFactor) fetch(0, problem_.grad);
+        if (op == Op::kFused) fetch(1, problem_.rhs);
+        begin();
+        op_block(op);
+        __syncthreads();
+        if (op == Op::kFused) Staged::store_vectors(vectors(1), problem_.out, n_, first_, active_);
+        if (op == Op::kFactor)
+            store_triangles(stored(), kGoodAndBad);
+        else
+            store_triangles(fisher(), kGoodOnly);
     }
 
     MBF_FN void run_step() {
@@ -62,93 +82,66 @@ public:
         fetch(1, problem_.rhs);
         fetch(2, problem_.out);
         begin();
-        if (is_active()) step_block();
+        step_block();
         __syncthreads();
-        store_vectors<S, kBlocks>(vectors(1), problem_.rhs, n_, first_, active_);
-        store_vectors<S, kBlocks>(vectors(2), problem_.out, n_, first_, active_);
+        Staged::store_vectors(vectors(1), problem_.rhs, n_, first_, active_);
+        Staged::store_vectors(vectors(2), problem_.out, n_, first_, active_);
+        if (q_.update) store_triangles(fisher(), kGoodOnly);
+        if (!q_.refactor || !problem_.factor) return;
+        __syncthreads();  // F is stored: L takes its place
+        give(triangle());
+        __syncthreads();
+        store_triangles(stored(), kGoodOnly);
     }
 
 private:
+    using Staged = Staging<S, N, kBlocks, kThreads>;
+
     // What decides info: the lowest of pivots, then g, then the right-hand side, then the solution.
     enum Stage { kPivot = 0, kGrad = 256, kRhs = 512, kSolution = 768, kGood = 1024 };
+    enum Which { kGoodOnly, kGoodAndBad };
 
-    MBF_FN void accumulate_blocks() {
-        fetch_triangles(fisher());
-        fetch(0, problem_.grad);
-        begin();
-        if (!is_active()) return;
-        take_fisher(true);
-        sync();
-        if (poison_of_diagonal<0, S>(triangle(), n_) == 0) store_triangle(fisher());
-    }
-
-    MBF_FN void factor_blocks() {
-        fetch_triangles(fisher());
-        begin();
-        if (!is_active()) return;
-        take_fisher(false);
-        sync();
+    MBF_FN void op_block(Op op) {
+        if (op == Op::kFused) {
+            flag_vector(vector(0), kGrad);
+            flag_vector(vector(1), kRhs);
+        }
+        take_fisher(op != Op::kFactor);
+        if (op == Op::kAccumulate) return flag_diagonal();
         damp(S(0));
-        const int info = sweep<true, false>();
-        sync();  // everybody has read the trace
-        give_factor(info != 0);
-        sync();
-        store_triangle(stored());
-        if (lane_ == 0) report(problem_, block(), info);
+        MBF_UNROLL
+        for (int a = 0; a < kRows; ++a) rhs_[a] = op == Op::kFused && row_of(a) < n_ ? vector(1)[row_of(a)] : S(0);
+        flag_pivot(sweep<true>());
+        if (op == Op::kFused) {
+            substitute_back();
+            flag_solution();
+        }
+        const int info = agreed_info();
+        if (op == Op::kFactor) give(triangle(), info != 0);
+        if (op == Op::kFused) give_solution(vector(1), info != 0);
+        if (lane_ == 0 && is_active()) report(problem_, first_ + team_, info);
     }
 
     // One right-hand side after the other: L stays in registers.
     MBF_FN void solve_blocks() {
         fetch_triangles(stored());
         begin();
-        if (is_active()) take(triangle());
+        take(triangle());
         for (int64_t k = 0; k < q_.rhs_count; ++k) {
             BlockView rhs = problem_.rhs, out = problem_.out;
             rhs.base = static_cast<S*>(rhs.base) + k;
             out.base = static_cast<S*>(out.base) + k;
             fetch(0, rhs);
             await_copies();
-            if (is_active()) {
-                take_rhs(vector(0));
-                const int bad = sweep<false, true>();
-                sync();  // everybody has taken the right-hand side
-                substitute_back(vector(0));
-                sync();
-                for (int i = lane_; bad && i < n_; i += kLanes) vector(0)[i] = 0;
-            }
+            MBF_UNROLL
+            for (int a = 0; a < kRows; ++a) rhs_[a] = row_of(a) < n_ ? vector(0)[row_of(a)] : S(0);
+            const int bad = sweep<false>();
+            substitute_back();
+            give_solution(vector(0), bad != 0);
             __syncthreads();
-            store_vectors<S, kBlocks>(vectors(0), out, n_, first_, active_);
+            Staged::store_vectors(vectors(0), out, n_, first_, active_);
             __syncthreads();  // before the next one overwrites it
         }
-    }
-
-    MBF_FN void fused_blocks() {
-        fetch_triangles(fisher());
-        fetch(0, problem_.grad);
-        fetch(1, problem_.rhs);
-        begin();
-        if (is_active()) fused_block();
-        __syncthreads();
-        store_vectors<S, kBlocks>(vectors(1), problem_.out, n_, first_, active_);
-    }
-
-    MBF_FN void fused_block() {
-        S *g = vector(0), *x = vector(1);
-        flag_vector(g, kGrad);
-        flag_vector(x, kRhs);
-        take_fisher(true);
-        sync();
-        damp(S(0));
-        take_rhs(x);
-        flag_pivot(sweep<true, true>());
-        sync();  // everybody has taken the right-hand side
-        substitute_back(x);
-        sync();
-        flag_vector(x, kSolution);
-        const int info = agreed_info();
-        if (!info) store_triangle(fisher());
-        for (int k = lane_; info && k < n_; k += kLanes) x[k] = 0;
-        if (lane_ == 0) report(problem_, block(), info);
     }
 
     MBF_FN void step_block() {
@@ -157,156 +150,157 @@ private:
         for (int k = lane_; k < n_; k += kLanes) {
             g[k] = momentum.sign * g[k];
             const S d = momentum.direction(m[k], g[k]);
-            if (!(g[k] - g[k] == 0)) flag_stage(kGrad, k);
-            if (!(d - d == 0)) flag_stage(kRhs, k);
+            if (!is_finite(g[k])) flag_stage(kGrad, k);
+            if (!is_finite(d)) flag_stage(kRhs, k);
         }
         sync();
         if (q_.update || q_.refactor) take_fisher(q_.update);
-        sync();
-        if (q_.refactor)
-            damp(S(1));
-        else
-            take(stored() + block_offset(n_, block()), static_cast<int>(entry_stride(n_)));  // F keeps its place
         MBF_UNROLL
         for (int a = 0; a < kRows; ++a) {
-            const int i = a * PR + r_;
+            const int i = row_of(a);
             rhs_[a] = i < n_ ? momentum.direction(m[i], g[i]) : S(0);
         }
-        flag_pivot(q_.refactor ? sweep<true, true>() : sweep<false, true>());
-        sync();
-        S* x = solution();
-        substitute_back(x);
-        sync();
-        flag_vector(x, kSolution);
+        if (q_.refactor) {
+            damp(S(1));
+            flag_pivot(sweep<true>());
+        } else {
+            const int64_t block = first_ + (is_active() ? team_ : 0);
+            take(stored() + block_offset(n_, block), static_cast<int>(entry_stride(n_)));  // F keeps its place
+            flag_pivot(sweep<false>());
+        }
+        substitute_back();
+        flag_solution();
         const Rates<S> rates(problem_, q_);
         S rate = rates.lr;
-        if (q_.graft) rate = rate * team_graft_scale(rates, momentum, x);
+        if (q_.graft) rate = rate * team_graft_scale(rates, momentum);
         const int info = agreed_info();
-        if (lane_ == 0) report(problem_, block(), info);
-        if (info) return;
-        if (q_.update) store_triangle(fisher());
-        MBF_DO_NOT_UNROLL
-        for (int k = lane_; k < n_; k += kLanes) {
-            m[k] = momentum.next(m[k], g[k]);
-            w[k] = rates.shrink * w[k] - rate * x[k];
-        }
-        if (q_.refactor && problem_.factor) {
-            sync();  // F is stored: L takes its place
-            give_factor(false);
-            sync();
-            store_triangle(stored());
+        if (lane_ == 0 && is_active()) report(problem_, first_ + team_, info);
+        if (info || c_) return;
+        MBF_UNROLL
+        for (int a = 0; a < kRows; ++a) {
+            const int i = row_of(a);
+            if (i >= n_) continue;
+            m[i] = momentum.next(m[i], g[i]);
+            w[i] = rates.shrink * w[i] - rate * x_[a];
         }
     }
 
-    // F, brought up to date with g and written back, or just read; the identity beyond n.
+    // F, brought up to date with g and written back, or just read. Reads come first and writes last, for the compiler
+    // cannot tell that they do not meet.
     MBF_FN void take_fisher(bool update) {
-        if (!update) return take(triangle());
+        take(triangle());
+        if (!update) return;
         const S decay = q_.decay, weight = 1 - q_.decay;
-        S* f = triangle();
         const S* g = vector(0);
-        for_each_entry([&](S& entry, int i, int j, bool inside) {
-            if (!inside) {
-                entry = i == j ? S(1) : S(0);
-                return;
-            }
-            entry = accumulate_entry(f[row(i) + j], weight * g[i], g[j], decay);
-            f[row(i) + j] = entry;
-        });
+        S u[kRows];
+        MBF_UNROLL
+        for (int a = 0; a < kRows; ++a) u[a] = row_of(a) < n_ ? weight * g[row_of(a)] : S(0);
+        MBF_UNROLL
+        for (int b = 0; b < kCols; ++b) {
+            const int j = b * PC + c_;
+            const S g_j = j < n_ ? g[j] : S(0);
+            MBF_UNROLL
+            for (int a = b / kFold; a < kRows; ++a) entries_[a][b] = accumulate_entry(entries_[a][b], u[a], g_j, decay);
+        }
+        give(triangle());
     }
 
+    // The identity beyond n.
     MBF_FN void take(const S* from, int stride = 1) {
         for_each_entry([&](S& entry, int i, int j, bool inside) {
             entry = inside ? from[(row(i) + j) * stride] : i == j ? S(1) : S(0);
         });
     }
 
-    // L, or zero, to where F was.
-    MBF_FN void give_factor(bool bad) {
-        S* l = triangle();
+    MBF_FN void give(S* to, bool zero = false) {
         for_each_entry([&](S& entry, int i, int j, bool inside) {
-            if (inside) l[row(i) + j] = bad ? S(0) : entry;
+            if (inside) to[row(i) + j] = zero ? S(0) : entry;
         });
     }
 
-    MBF_FN void take_rhs(const S* from) {
+    // x, or zero.
+    MBF_FN void give_solution(S* x, bool bad) const {
         MBF_UNROLL
-        for (int a = 0; a < kRows; ++a) {
-            const int i = a * PR + r_;
-            rhs_[a] = i < n_ ? from[i] : S(0);
-        }
+        for (int a = 0; a < kRows; ++a)
+            if (c_ == 0 && row_of(a) < n_) x[row_of(a)] = bad ? S(0) : x_[a];
     }
 
-    // Adds lambda to the diagonal; F is up to date in shared memory.
+    // Adds lambda to the diagonal. With damping that is relative to it, F has to be up to date in shared memory.
     MBF_FN void damp(S zero_block_lambda) {
-        const S sum = q_.relative ? trace<0, S>(triangle(), n_) : S(0);
-        const S lambda = block_damping<S>(q_, sum, n_, zero_block_lambda);
-        for_each_entry([&](S& entry, int i, int j, bool inside) {
-            if (inside && i == j) entry = entry + lambda;
+        S trace = 0;
+        if (q_.relative) {
+            sync();
+            MBF_UNROLL
+            for (int a = 0; a < kRows; ++a)
+                if (row_of(a) < n_) trace = trace + triangle()[row(row_of(a)) + row_of(a)];
+            trace = reduce(trace, [](S x, S y) { return x + y; });
+        }
+        const S lambda = block_damping<S>(q_, trace, n_, zero_block_lambda);
+        for_each_entry([&](S& entry, int i, int j, bool) {
+            if (i == j) entry = entry + lambda;
         });
     }
 
     // Goes through the columns. kFactor: entries become those of L with L L^T = A; otherwise they are L already.
-    // kForward: rhs_ becomes L^-1 rhs. Returns the first bad pivot.
-    template <bool kFactor, bool kForward>
+    // rhs_ becomes L^-1 rhs. Returns the first bad pivot.
+    template <bool kFactor>
     MBF_FN int sweep() {
         S info = 0;
+        sync();  // what the columns' place was used for before
         MBF_UNROLL
         for (int b = 0; b < kCols; ++b) {
             const int a0 = b / kFold;  // the row slot of these columns' pivots
             MBF_DO_NOT_UNROLL
             for (int owner = 0; owner < PC; ++owner) {
-                const int j = b * PC + owner, pivot_row = j % PR;
-                if (j >= n_) break;
-                S* column = columns() + (j & 1) * kColumn;
+                const int j = b * PC + owner;
+                if (j >= n_) return static_cast<int>(info);
+                S* shown = column(j);
                 if (c_ == owner) {
                     MBF_UNROLL
-                    for (int a = a0; a < kRows; ++a) column[r_ * kRows + a] = entries_[a][b];
-                    if (kForward && r_ == pivot_row) column[N] = rhs_[a0];
+                    for (int a = a0; a < kRows; ++a) shown[row_of(a)] = entries_[a][b];
+                    if (r_ == j % PR) shown[N] = rhs_[a0];
                 }
                 sync();
-                const S pivot = column[pivot_row * kRows + a0];
-                const S root = kFactor ? square_root(pivot) : pivot;
-                const S inverse = 1 / root;
-                const S one = root * inverse;
+                const S pivot = shown[j];
+                const S inverse = kFactor ? inverse_root(pivot) : 1 / pivot;
+                const S one = pivot * inverse;  // or its root: what matters is NaN
                 info = flag(info, one == one, j + 1);
 
-                S below[kRows];  // the column of L in this lane's rows, without the pivot and what lies above
+                S scaled[kRows];  // the column over the pivot in this lane's rows below it
                 MBF_UNROLL
                 for (int a = a0; a < kRows; ++a) {
-                    below[a] = kFactor ? column[r_ * kRows + a] * inverse : column[r_ * kRows + a];
-                    if (a == a0 && r_ <= pivot_row) below[a] = 0;
+                    const S shown_a = PC == 1 ? entries_[a][b] : shown[row_of(a)];
+                    const S l = kFactor ? shown_a * inverse : shown_a;
+                    if (kFactor && c_ == owner) entries_[a][b] = l;
+                    scaled[a] = l * inverse;
                 }
-                if (kForward) {
-                    const S y = column[N] * inverse;
-                    MBF_UNROLL
-                    for (int a = a0; a < kRows; ++a) rhs_[a] = rhs_[a] - below[a] * y;
-                    if (lane_ == 0) forward()[j] = y;
-                    if (lane_ == 0) inverses()[j] = inverse;
+                if (r_ <= j % PR) scaled[a0] = 0;
+                const S s = shown[N];
+                if (lane_ == 0) {
+                    solved()[2 * j] = s * inverse;
+                    solved()[2 * j + 1] = inverse;
                 }
-                if (kFactor) {
-                    if (c_ == owner) {
-                        MBF_UNROLL
-                        for (int a = a0; a < kRows; ++a) entries_[a][b] = a == a0 && r_ == pivot_row ? root : below[a];
-                    }
+                MBF_UNROLL
+                for (int a = a0; a < kRows; ++a) rhs_[a] = rhs_[a] - scaled[a] * s;
+                if (!kFactor) continue;
+                MBF_UNROLL
+                for (int b2 = b + (PC == 1); b2 < kCols; ++b2) {
+                    S across = shown[b2 * PC + c_];
+                    if (b2 == b && c_ <= owner) across = 0;  // columns that are done
                     MBF_UNROLL
-                    for (int b2 = b; b2 < kCols; ++b2) {
-                        // row b2 PC + c of the column, as those rows' owners showed it
-                        S across = column[(b2 % kFold * PC + c_) * kRows + b2 / kFold] * inverse;
-                        if (b2 == b && c_ <= owner) across = 0;  // columns that are done
-                        MBF_UNROLL
-                        for (int a = b2 / kFold; a < kRows; ++a) entries_[a][b2] = entries_[a][b2] - below[a] * across;
-                    }
+                    for (int a = b2 / kFold; a < kRows; ++a) entries_[a][b2] = entries_[a][b2] - scaled[a] * across;
                 }
             }
         }
         return static_cast<int>(info);
     }
 
-    // x <- L^-T y, from the last row to the first. Each lane sums what its own rows contribute to its columns.
-    MBF_FN void substitute_back(S* x) {
-        S sums[kCols];
+    // x_ <- L^-T y, from the last row to the first. Each lane sums what its own rows contribute to a column. Of entries
+    // above the diagonal nothing is seen: they meet elements of x that are still zero.
+    MBF_FN void substitute_back() {
         MBF_UNROLL
-        for (int b = 0; b < kCols; ++b) sums[b] = 0;
+        for (int a = 0; a < kRows; ++a) x_[a] = 0;
+        sync();
         MBF_UNROLL
         for (int b = kCols - 1; b >= 0; --b) {
             const int a0 = b / kFold;
@@ -314,60 +308,74 @@ private:
             for (int owner = PC - 1; owner >= 0; --owner) {
                 const int k = b * PC + owner;
                 if (k >= n_) continue;
-                S* partial = columns() + (k & 1) * kColumn;
-                if (c_ == owner) partial[r_] = sums[b];
+                S mine = 0;
+                MBF_UNROLL
+                for (int a = kRows - 1; a >= a0; --a) mine = mine + entries_[a][b] * x_[a];
+                S* partial = column(k);
+                if (c_ == owner) partial[r_] = mine;
                 sync();
                 S sum = partial[0];
                 MBF_UNROLL
                 for (int r = 1; r < PR; ++r) sum = sum + partial[r];
-                const S x_k = (forward()[k] - sum) * inverses()[k];
-                if (lane_ == 0) x[k] = x_k;
-                const S mine = r_ == k % PR ? x_k : S(0);
-                MBF_UNROLL
-                for (int b2 = 0; b2 <= b; ++b2) sums[b2] = sums[b2] + entries_[a0][b2] * mine;
+                const S x_k = (solved()[2 * k] - sum) * solved()[2 * k + 1];
+                x_[a0] = r_ == k % PR ? x_k : x_[a0];
             }
         }
     }
 
     // graft_scale of numerics.h with the elements shared out over the team.
-    MBF_FN S team_graft_scale(const Rates<S>& rates, const Momentum<S>& momentum, const S* x) {
+    MBF_FN S team_graft_scale(const Rates<S>& rates, const Momentum<S>& momentum) {
         const S *g = vector(0), *m = vector(1), *f = triangle();
         S peak = 0, adam = 0;
-        MBF_DO_NOT_UNROLL
-        for (int k = lane_; k < n_; k += kLanes) {
-            peak = larger_magnitude(peak, x[k]);
-            adam = adam + adam_square(f[row(k) + k], momentum.direction(m[k], g[k]), rates.momentum_scale,
+        MBF_UNROLL
+        for (int a = 0; a < kRows; ++a) {
+            const int i = row_of(a);
+            if (i >= n_) continue;
+            peak = larger_magnitude(peak, x_[a]);
+            adam = adam + adam_square(f[row(i) + i], momentum.direction(m[i], g[i]), rates.momentum_scale,
                                       rates.fisher_scale, S(q_.eps));
         }
         peak = reduce(peak, [](S a, S b) { return larger_magnitude(a, b); });
         adam = reduce(adam, [](S a, S b) { return a + b; });
         const S unit = unit_of(peak);
-        S length = 0;
-        for (int k = lane_; k < n_; k += kLanes) length = length + (unit * x[k]) * (unit * x[k]);
+        S length = 0;  // x is zero beyond n
+        MBF_UNROLL
+        for (int a = 0; a < kRows; ++a) length = length + (unit * x_[a]) * (unit * x_[a]);
         length = reduce(length, [](S a, S b) { return a + b; });
         return length_ratio(adam, peak, length);
     }
 
-    // The same for every lane, and in the same order whatever the lane.
+    // Of a value per row of the lanes' grid. The same for every lane, and in the same order whatever the lane.
     template <class Combine>
     MBF_FN S reduce(S value, Combine combine) {
-        S* values = reduction();
+        S* values = column(0);
         sync();  // the last reduction has been read
-        values[lane_] = value;
+        if (c_ == 0) values[r_] = value;
         sync();
         S result = values[0];
-        MBF_DO_NOT_UNROLL
-        for (int lane = 1; lane < kLanes; ++lane) result = combine(result, values[lane]);
+        MBF_UNROLL
+        for (int r = 1; r < PR; ++r) result = combine(result, values[r]);
         return result;
     }
 
+    static MBF_FN bool is_finite(S x) { return x - x == 0; }
     MBF_FN void flag_stage(Stage stage, int k) { atomicMin(code(), stage + k + 1); }
     MBF_FN void flag_pivot(int pivot) {
         if (pivot && lane_ == 0) flag_stage(kPivot, pivot - 1);
     }
     MBF_FN void flag_vector(const S* x, Stage stage) {
         for (int k = lane_; k < n_; k += kLanes)
-            if (!(x[k] - x[k] == 0)) flag_stage(stage, k);
+            if (!is_finite(x[k])) flag_stage(stage, k);
+    }
+    MBF_FN void flag_diagonal() {
+        for_each_entry([&](S& entry, int i, int j, bool inside) {
+            if (i == j && inside && !is_finite(entry)) flag_stage(kPivot, i);
+        });
+    }
+    MBF_FN void flag_solution() {
+        MBF_UNROLL
+        for (int a = 0; a < kRows; ++a)
+            if (row_of(a) < n_ && !is_finite(x_[a])) flag_stage(kSolution, row_of(a));
     }
     MBF_FN int agreed_info() {
         sync();
@@ -381,7 +389,7 @@ private:
         for (int a = 0; a < kRows; ++a) {
             MBF_UNROLL
             for (int b = 0; b < (a + 1) * kFold; ++b) {
-                const int i = a * PR + r_, j = b * PC + c_;
+                const int i = row_of(a), j = b * PC + c_;
                 visit(entries_[a][b], i, j, i < n_ && j <= i);
             }
         }
@@ -391,7 +399,7 @@ private:
         if (kLanes > 32)
             __syncthreads();
         else
-            __syncwarp(((kLanes == 32 ? 0u : 1u << kLanes % 32) - 1u) << threadIdx.x % 32 / kLanes * kLanes);
+            __syncwarp();
     }
 
     // Ends the copies into shared memory.
@@ -401,42 +409,72 @@ private:
     }
 
     MBF_FN void fetch_triangles(const S* storage) const {
-        if (!is_tiled(n_)) return fetch_contiguous(triangles(), storage + block_offset(n_, first_), active_ * padded());
-        for (int e = threadIdx.x; e < kTeams * triangle_size(n_); e += kThreads) {
-            const int t = e / kTeams, i = e % kTeams;
-            if (i >= active_) continue;
-            const S* from = storage + block_offset(n_, first_ + i) + t * entry_stride(n_);
-            __pipeline_memcpy_async(triangles() + i * padded() + t, from, sizeof(S));
+        const S* from = storage + block_offset(n_, first_);
+        if (is_tiled(n_)) {
+            for_each_tiled_entry([&](int at, int64_t offset) {
+                __pipeline_memcpy_async(triangles() + at, storage + offset, sizeof(S));
+            });
+        } else {
+            MBF_UNROLL
+            for (int i = 0; i < kTeams; ++i) {
+                const int count = i < active_ ? padded_triangle_size(n_) : 0;
+                Staged::template fetch_contiguous<kMaxTriangle>(triangles() + i * triangle_pitch(n_), from, count);
+                from += count;
+            }
         }
     }
 
-    MBF_FN void store_triangle(S* storage) const {
-        S* to = storage + block_offset(n_, block());
-        const int length = is_tiled(n_) ? triangle_size(n_) : padded();
-        for (int t = lane_; t < length; t += kLanes) to[t * entry_stride(n_)] = triangle()[t];
+    MBF_FN void store_triangles(S* storage, Which which) const {
+        const int* codes = code() - team_;
+        if (is_tiled(n_)) {
+            for_each_tiled_entry([&](int at, int64_t offset) {
+                if (which == kGoodAndBad || codes[at / triangle_pitch(n_)] >= kGood) storage[offset] = triangles()[at];
+            });
+        } else {
+            S* to = storage + block_offset(n_, first_);
+            MBF_UNROLL
+            for (int i = 0; i < kTeams; ++i) {
+                const bool stored = i < active_ && (which == kGoodAndBad || codes[i] >= kGood);
+                const int count = stored ? padded_triangle_size(n_) : 0;
+                Staged::template store_contiguous<kMaxTriangle>(to, triangles() + i * triangle_pitch(n_), count);
+                to += padded_triangle_size(n_);
+            }
+        }
+    }
+
+    // Calls move(index in shared memory, offset in storage) for all entries of tiled blocks.
+    template <class Move>
+    MBF_FN void for_each_tiled_entry(Move move) const {
+        for (int e = threadIdx.x; e < kTeams * triangle_size(n_); e += kThreads) {
+            const int t = e / kTeams, i = e % kTeams;
+            if (i < active_) move(i * triangle_pitch(n_) + t, block_offset(n_, first_ + i) + t * entry_stride(n_));
+        }
     }
 
     MBF_FN void fetch(int which, const BlockView& view) const {
-        fetch_vectors<S, kBlocks>(vectors(which), view, n_, first_, active_);
+        Staged::fetch_vectors(vectors(which), view, n_, first_, active_);
     }
 
+    MBF_FN int row_of(int a) const { return a * PR + r_; }
     MBF_FN S* fisher() const { return static_cast<S*>(problem_.fisher); }
     MBF_FN S* stored() const { return static_cast<S*>(problem_.factor); }
-    MBF_FN int64_t block() const { return first_ + team_; }
     MBF_FN bool is_active() const { return team_ < active_; }
-    MBF_FN int padded() const { return padded_triangle_size(n_); }
+    static MBF_HOST_DEVICE constexpr int triangle_pitch(int n) { return team_pitch(padded_triangle_size(n)); }
 
-    // Shared memory: triangles, three sets of vectors, what each team exchanges, a code per team.
-    MBF_FN S* triangles() const { return reinterpret_cast<S*>(shared_memory); }
-    MBF_FN S* triangle() const { return triangles() + team_ * padded(); }
-    MBF_FN S* vectors(int which) const { return triangles() + kTeams * padded() + which * kBlocks * vector_pitch(n_); }
+    // Shared memory: what the lanes of a team exchange, triangles, three sets of vectors, a code per team.
+    MBF_FN S* column(int j) const {
+        return reinterpret_cast<S*>(shared_memory) + ((j & 1) * kTeams + team_) * kColumn;
+    }
+    MBF_FN S* solved() const {
+        return reinterpret_cast<S*>(shared_memory) + 2 * kTeams * kColumn + team_ * kSolved;
+    }
+    MBF_FN S* triangles() const { return reinterpret_cast<S*>(shared_memory) + kTeams * (2 * kColumn + kSolved); }
+    MBF_FN S* triangle() const { return triangles() + team_ * triangle_pitch(n_); }
+    MBF_FN S* vectors(int which) const {
+        return triangles() + kTeams * (triangle_pitch(n_) + which * vector_pitch(n_));
+    }
     MBF_FN S* vector(int which) const { return vectors(which) + team_ * vector_pitch(n_); }
-    MBF_FN S* columns() const { return vectors(3) + team_ * kTeamScalars; }
-    MBF_FN S* forward() const { return columns() + 2 * kColumn; }
-    MBF_FN S* inverses() const { return forward() + N; }
-    MBF_FN S* solution() const { return inverses() + N; }
-    MBF_FN S* reduction() const { return solution() + N; }
-    MBF_FN int* code() const { return reinterpret_cast<int*>(vectors(3) + kTeams * kTeamScalars) + team_; }
+    MBF_FN int* code() const { return reinterpret_cast<int*>(vectors(3)) + team_; }
 
     const Problem& problem_;
     const Parameters& q_;
@@ -445,7 +483,7 @@ private:
     const int team_, lane_, r_, c_;
     int active_;
     S entries_[kRows][kCols];
-    S rhs_[kRows];
+    S rhs_[kRows], x_[kRows];
 };
 
 }  // namespace

@@ -62,11 +62,13 @@ public:
         await_copies();
         if (is_active()) step_block();
         __syncthreads();
-        store_vectors<S, kBlocks>(vectors(1), problem_.rhs, N, first_, active_);
-        store_vectors<S, kBlocks>(vectors(2), problem_.out, N, first_, active_);
+        Staged::store_vectors(vectors(1), problem_.rhs, N, first_, active_);
+        Staged::store_vectors(vectors(2), problem_.out, N, first_, active_);
     }
 
 private:
+    using Staged = Staging<S, N, kBlocks, kThreads>;
+
     MBF_FN void accumulate_blocks() const {
         fetch_tiles(fisher());
         fetch(0, problem_.grad);
@@ -109,7 +111,7 @@ private:
             MBF_UNROLL
             for (int k = 0; k < N; ++k) vector(0)[k] = bad ? S(0) : x[k];
             __syncthreads();
-            store_vectors<S, kBlocks>(vectors(0), out, N, first_, active_);
+            Staged::store_vectors(vectors(0), out, N, first_, active_);
             __syncthreads();  // before the next one overwrites it
         }
     }
@@ -121,7 +123,7 @@ private:
         await_copies();
         if (is_active()) fused_block();
         __syncthreads();
-        store_vectors<S, kBlocks>(vectors(1), problem_.out, N, first_, active_);
+        Staged::store_vectors(vectors(1), problem_.out, N, first_, active_);
     }
 
     MBF_FN void fused_block() const {
@@ -229,11 +231,11 @@ private:
     // The tiles of this thread block are contiguous in both memories.
     MBF_FN void fetch_tiles(const S* storage) const {
         const int tiles = (active_ + kTileBlocks - 1) / kTileBlocks;
-        fetch_contiguous(tiles_memory(), storage + block_offset(N, first_), tiles * kTriangle * kTileBlocks);
+        Staged::template fetch_contiguous<kBlocks * kTriangle>(tiles_memory(), storage + block_offset(N, first_), tiles * kTriangle * kTileBlocks);
     }
 
     MBF_FN void fetch(int which, const BlockView& view) const {
-        fetch_vectors<S, kBlocks>(vectors(which), view, N, first_, active_);
+        Staged::fetch_vectors(vectors(which), view, N, first_, active_);
     }
 
     MBF_FN S* fisher() const { return static_cast<S*>(problem_.fisher); }

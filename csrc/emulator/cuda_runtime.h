@@ -43,6 +43,17 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
     emulator::wait_for_warp(mask);
 }
 
+inline float rsqrtf(float x) {
+    return 1 / __builtin_sqrtf(x);
+}
+inline double rsqrt(double x) {
+    return 1 / __builtin_sqrt(x);
+}
+
+struct __attribute__((aligned(16), may_alias)) uint4 {
+    unsigned x, y, z, w;
+};
+
 // Relaxed, as on a GPU: an atomic orders nothing but itself.
 inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
     return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
