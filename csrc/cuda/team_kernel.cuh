@@ -3,7 +3,7 @@
 // The lanes form a grid; lane (r, c) owns the entries (i, j) with i = r mod PR and j = c mod PC, in registers: entry
 // [a][b] is (a PR + r, b PC + c). The triangle is factored column by column: whoever owns a column shows it to the team
 // in shared memory, and everybody updates what he owns. A right-hand side rides along as one more row, so the forward
-// substitution is done with the last column. Blocks are padded to N with the identity.
+// substitution is done with the last column. Blocks are padded to N with zeros.
 //
 // With PC = 1 a lane owns whole rows: a column's number is then known to the compiler, the lane's own part of it is in
 // registers, and the rest is read four scalars at a time.
@@ -147,11 +147,14 @@ private:
     MBF_FN void step_block() {
         const Momentum<S> momentum(q_);
         S *g = vector(0), *m = vector(1), *w = vector(2);
-        for (int k = lane_; k < n_; k += kLanes) {
-            g[k] = momentum.sign * g[k];
-            const S d = momentum.direction(m[k], g[k]);
-            if (!is_finite(g[k])) flag_stage(kGrad, k);
-            if (!is_finite(d)) flag_stage(kRhs, k);
+        MBF_UNROLL
+        for (int a = 0; a < kRows; ++a) {
+            const int i = row_of(a);
+            if (i >= n_ || c_) continue;
+            const S g_i = momentum.sign * g[i];
+            g[i] = g_i;
+            if (!is_finite(g_i)) flag_stage(kGrad, i);
+            if (!is_finite(momentum.direction(m[i], g_i))) flag_stage(kRhs, i);
         }
         sync();
         if (q_.update || q_.refactor) take_fisher(q_.update);
@@ -205,17 +208,31 @@ private:
         give(triangle());
     }
 
-    // The identity beyond n.
+    // Zero beyond n and above the diagonal.
     MBF_FN void take(const S* from, int stride = 1) {
-        for_each_entry([&](S& entry, int i, int j, bool inside) {
-            entry = inside ? from[(row(i) + j) * stride] : i == j ? S(1) : S(0);
-        });
+        MBF_UNROLL
+        for (int a = 0; a < kRows; ++a) {
+            const int i = row_of(a);
+            const S* entry = from + (row(i) + c_) * stride;
+            MBF_UNROLL
+            for (int b = 0; b < (a + 1) * kFold; ++b) entries_[a][b] = 0;
+            if (i >= n_) continue;
+            MBF_UNROLL
+            for (int b = 0; b < (a + 1) * kFold; ++b)
+                if (b < a * kFold || b * PC + c_ <= i) entries_[a][b] = entry[b * PC * stride];
+        }
     }
 
-    MBF_FN void give(S* to, bool zero = false) {
-        for_each_entry([&](S& entry, int i, int j, bool inside) {
-            if (inside) to[row(i) + j] = zero ? S(0) : entry;
-        });
+    MBF_FN void give(S* to, bool zero = false) const {
+        MBF_UNROLL
+        for (int a = 0; a < kRows; ++a) {
+            const int i = row_of(a);
+            S* entry = to + row(i) + c_;
+            if (i >= n_) continue;
+            MBF_UNROLL
+            for (int b = 0; b < (a + 1) * kFold; ++b)
+                if (b < a * kFold || b * PC + c_ <= i) entry[b * PC] = zero ? S(0) : entries_[a][b];
+        }
     }
 
     // x, or zero.
@@ -236,9 +253,7 @@ private:
             trace = reduce(trace, [](S x, S y) { return x + y; });
         }
         const S lambda = block_damping<S>(q_, trace, n_, zero_block_lambda);
-        for_each_entry([&](S& entry, int i, int j, bool) {
-            if (i == j) entry = entry + lambda;
-        });
+        for_each_diagonal_entry([&](S& entry, int) { entry = entry + lambda; });
     }
 
     // Goes through the columns. kFactor: entries become those of L with L L^T = A; otherwise they are L already.
@@ -364,12 +379,13 @@ private:
         if (pivot && lane_ == 0) flag_stage(kPivot, pivot - 1);
     }
     MBF_FN void flag_vector(const S* x, Stage stage) {
-        for (int k = lane_; k < n_; k += kLanes)
-            if (!is_finite(x[k])) flag_stage(stage, k);
+        MBF_UNROLL
+        for (int a = 0; a < kRows; ++a)
+            if (c_ == 0 && row_of(a) < n_ && !is_finite(x[row_of(a)])) flag_stage(stage, row_of(a));
     }
     MBF_FN void flag_diagonal() {
-        for_each_entry([&](S& entry, int i, int j, bool inside) {
-            if (i == j && inside && !is_finite(entry)) flag_stage(kPivot, i);
+        for_each_diagonal_entry([&](S& entry, int i) {
+            if (!is_finite(entry)) flag_stage(kPivot, i);
         });
     }
     MBF_FN void flag_solution() {
@@ -382,16 +398,14 @@ private:
         return *code() < kGood ? *code() % kGrad : 0;
     }
 
-    // Every entry of this lane that can lie in the triangle, and whether it does.
+    // Of this lane; those beyond n are zero.
     template <class Visit>
-    MBF_FN void for_each_entry(Visit visit) {
+    MBF_FN void for_each_diagonal_entry(Visit visit) {
         MBF_UNROLL
         for (int a = 0; a < kRows; ++a) {
             MBF_UNROLL
-            for (int b = 0; b < (a + 1) * kFold; ++b) {
-                const int i = row_of(a), j = b * PC + c_;
-                visit(entries_[a][b], i, j, i < n_ && j <= i);
-            }
+            for (int b = a * kFold; b < (a + 1) * kFold; ++b)
+                if (row_of(a) == b * PC + c_) visit(entries_[a][b], row_of(a));
         }
     }
 
