@@ -151,7 +151,7 @@ def readable(mangled: str) -> str | None:
     if found["mapping"] == "Thread":
         return f"{found['entry']} thread {scalar} n={numbers[0]}"
     n, rows, columns, teams = numbers
-    mapping = "group" if rows * columns <= 32 else "block"
+    mapping = "block" if teams == 1 else "group"
     return f"{found['entry']} {mapping} {scalar} N={n} {rows}x{columns}x{teams}"
 
 

@@ -57,8 +57,8 @@ def ideal_bytes(op: str, n: int) -> int:
 def resident(registers: int, shared: int, threads: int) -> int:
     """Thread blocks that fit on a multiprocessor."""
     warps = threads // 32
-    of_warp = -(-registers // 8) * 8 * 32
-    by_registers = REGISTERS // of_warp // 4 * 4 // warps if warps >= 4 else REGISTERS // of_warp // warps
+    warps_of_quarter = REGISTERS // 4 // (-(-registers // 8) * 8 * 32)
+    by_registers = 4 * warps_of_quarter // warps
     by_shared = SHARED_BYTES // (-(-shared // 128) * 128 + RESERVED_SHARED_BYTES)
     return min(by_registers, by_shared, WARPS // warps, THREAD_BLOCKS)
 

@@ -61,12 +61,14 @@ template <class S, int N, int kBlocks, int kThreads>
 struct Staging {
     // Starts a copy; await_copies ends it.
     static MBF_FN void fetch_vectors(S* to, const BlockView& view, int n, int64_t first, int active) {
-        for_each_element(view, n, first, active,
+        for_each_element(threadIdx.x, view, n, first, active,
                          [=](int at, const S* from) { __pipeline_memcpy_async(to + at, from, sizeof(S)); });
     }
 
+    // The other way round, so that the addresses of the fetch take no registers until then.
     static MBF_FN void store_vectors(const S* from, const BlockView& view, int n, int64_t first, int active) {
-        for_each_element(view, n, first, active, [=](int at, S* to) { *to = from[at]; });
+        for_each_element(kThreads - 1 - static_cast<int>(threadIdx.x), view, n, first, active,
+                         [=](int at, S* to) { *to = from[at]; });
     }
 
     // Of contiguous scalars, a multiple of 16 bytes and at most kMaxCount: starts their copy; stores them.
@@ -97,10 +99,11 @@ private:
     // threads take neighbouring addresses: of one block where its elements are contiguous, of consecutive blocks
     // otherwise (channels_last).
     template <class Move>
-    static MBF_FN void for_each_element(const BlockView& view, int n, int64_t first, int active, Move move) {
+    static MBF_FN void for_each_element(int thread, const BlockView& view, int n, int64_t first, int active,
+                                        Move move) {
         const BlockCursor blocks(view.block, first);
         S* base = static_cast<S*>(view.base);
-        const int pitch = vector_pitch(n), thread = threadIdx.x;
+        const int pitch = vector_pitch(n);
         const bool one_run = blocks.is_one_run(active);
         if (!has_rows(view, n)) {
             for (int e = thread; e < kBlocks * n; e += kThreads) {

@@ -40,24 +40,27 @@ class TeamKernel {
 public:
     static constexpr int kBlocks = kTeams;  // of a thread block
     static constexpr int kThreads = kTeams * kLanes;
-    static constexpr int kMinBlocks = 1;  // spills cost more than occupancy
-    static size_t shared_bytes(int n) {
+    static MBF_HOST_DEVICE constexpr size_t shared_bytes(int n) {
         const int scalars = 2 * kColumn + kSolved + triangle_pitch(n) + 3 * vector_pitch(n);
         return kTeams * (scalars * sizeof(S) + sizeof(int));
     }
+    // As many at once as fit in the shared memory of compute capability 9.0 and leave each thread the registers for its
+    // entries, a few scalars per row and some 64 more, of which a quarter of a multiprocessor has 512 per lane.
+    static constexpr int kFitting = 227 * 1024 / (shared_bytes(N) + 1024);
+    static constexpr int kScalars = kFold * kRows * (kRows + 1) / 2 + 3 * kRows;
+    static constexpr int kWarps = 4 * (512 / (kScalars * static_cast<int>(sizeof(S)) / 4 + 64));
+    static constexpr int kByRegisters = kWarps * 32 / kThreads;
+    static constexpr int kMinBlocks = kByRegisters < 1 ? 1 : kByRegisters < kFitting ? kByRegisters : kFitting;
 
     MBF_FN TeamKernel(const Problem& problem, const Parameters& parameters, int n, int unit)
         : problem_(problem),
           q_(parameters),
           n_(n),
-          first_(static_cast<int64_t>(unit) * kBlocks),
+          unit_(unit),
           team_(threadIdx.x / kLanes),
           lane_(threadIdx.x % kLanes),
           r_(lane_ % PR),
-          c_(lane_ / PR) {
-        const int64_t left = problem.count - first_;
-        active_ = left < kBlocks ? static_cast<int>(left) : kBlocks;
-    }
+          c_(lane_ / PR) {}
 
     // One path through the ops, so that what they share is compiled once. Teams beyond the last block work on whatever
     // lies in shared memory, and store nothing: all lanes of a warp meet at its barriers.
@@ -69,7 +72,7 @@ public:
         begin();
         op_block(op);
         __syncthreads();
-        if (op == Op::kFused) Staged::store_vectors(vectors(1), problem_.out, n_, first_, active_);
+        if (op == Op::kFused) Staged::store_vectors(vectors(1), problem_.out, n_, first(), active());
         if (op == Op::kFactor)
             store_triangles(stored(), kGoodAndBad);
         else
@@ -84,8 +87,8 @@ public:
         begin();
         step_block();
         __syncthreads();
-        Staged::store_vectors(vectors(1), problem_.rhs, n_, first_, active_);
-        Staged::store_vectors(vectors(2), problem_.out, n_, first_, active_);
+        Staged::store_vectors(vectors(1), problem_.rhs, n_, first(), active());
+        Staged::store_vectors(vectors(2), problem_.out, n_, first(), active());
         if (q_.update) store_triangles(fisher(), kGoodOnly);
         if (!q_.refactor || !problem_.factor) return;
         __syncthreads();  // F is stored: L takes its place
@@ -119,7 +122,7 @@ private:
         const int info = agreed_info();
         if (op == Op::kFactor) give(triangle(), info != 0);
         if (op == Op::kFused) give_solution(vector(1), info != 0);
-        if (lane_ == 0 && is_active()) report(problem_, first_ + team_, info);
+        if (lane_ == 0 && is_active()) report(problem_, first() + team_, info);
     }
 
     // One right-hand side after the other: L stays in registers.
@@ -139,7 +142,7 @@ private:
             substitute_back();
             give_solution(vector(0), bad != 0);
             __syncthreads();
-            Staged::store_vectors(vectors(0), out, n_, first_, active_);
+            Staged::store_vectors(vectors(0), out, n_, first(), active());
             __syncthreads();  // before the next one overwrites it
         }
     }
@@ -163,21 +166,20 @@ private:
             const int i = row_of(a);
             rhs_[a] = i < n_ ? momentum.direction(m[i], g[i]) : S(0);
         }
+        const Rates<S> rates(problem_, q_);
+        const S adam = q_.graft ? adam_length(rates) : S(0);  // here, where registers are free
         if (q_.refactor) {
             damp(S(1));
             flag_pivot(sweep<true>());
         } else {
-            const int64_t block = first_ + (is_active() ? team_ : 0);
-            take(stored() + block_offset(n_, block), static_cast<int>(entry_stride(n_)));  // F keeps its place
+            take_stored();  // F keeps its place
             flag_pivot(sweep<false>());
         }
         substitute_back();
         flag_solution();
-        const Rates<S> rates(problem_, q_);
-        S rate = rates.lr;
-        if (q_.graft) rate = rate * team_graft_scale(rates, momentum);
+        const S rate = q_.graft ? rates.lr * graft_ratio(adam) : rates.lr;
         const int info = agreed_info();
-        if (lane_ == 0 && is_active()) report(problem_, first_ + team_, info);
+        if (lane_ == 0 && is_active()) report(problem_, first() + team_, info);
         if (info || c_) return;
         MBF_UNROLL
         for (int a = 0; a < kRows; ++a) {
@@ -209,18 +211,27 @@ private:
     }
 
     // Zero beyond n and above the diagonal.
-    MBF_FN void take(const S* from, int stride = 1) {
+    template <int kStride = 1>
+    MBF_FN void take(const S* from) {
         MBF_UNROLL
         for (int a = 0; a < kRows; ++a) {
             const int i = row_of(a);
-            const S* entry = from + (row(i) + c_) * stride;
+            const S* entry = from + (row(i) + c_) * kStride;
             MBF_UNROLL
             for (int b = 0; b < (a + 1) * kFold; ++b) entries_[a][b] = 0;
             if (i >= n_) continue;
             MBF_UNROLL
             for (int b = 0; b < (a + 1) * kFold; ++b)
-                if (b < a * kFold || b * PC + c_ <= i) entries_[a][b] = entry[b * PC * stride];
+                if (b < a * kFold || b * PC + c_ <= i) entries_[a][b] = entry[b * PC * kStride];
         }
+    }
+
+    MBF_FN void take_stored() {
+        const S* from = stored() + block_offset(n_, first() + (is_active() ? team_ : 0));
+        if (is_tiled(n_))
+            take<kTileBlocks>(from);
+        else
+            take(from);
     }
 
     MBF_FN void give(S* to, bool zero = false) const {
@@ -264,50 +275,57 @@ private:
         sync();  // what the columns' place was used for before
         MBF_UNROLL
         for (int b = 0; b < kCols; ++b) {
-            const int a0 = b / kFold;  // the row slot of these columns' pivots
-            MBF_DO_NOT_UNROLL
-            for (int owner = 0; owner < PC; ++owner) {
-                const int j = b * PC + owner;
-                if (j >= n_) return static_cast<int>(info);
-                S* shown = column(j);
-                if (c_ == owner) {
-                    MBF_UNROLL
-                    for (int a = a0; a < kRows; ++a) shown[row_of(a)] = entries_[a][b];
-                    if (r_ == j % PR) shown[N] = rhs_[a0];
-                }
-                sync();
-                const S pivot = shown[j];
-                const S inverse = kFactor ? inverse_root(pivot) : 1 / pivot;
-                const S one = pivot * inverse;  // or its root: what matters is NaN
-                info = flag(info, one == one, j + 1);
-
-                S scaled[kRows];  // the column over the pivot in this lane's rows below it
-                MBF_UNROLL
-                for (int a = a0; a < kRows; ++a) {
-                    const S shown_a = PC == 1 ? entries_[a][b] : shown[row_of(a)];
-                    const S l = kFactor ? shown_a * inverse : shown_a;
-                    if (kFactor && c_ == owner) entries_[a][b] = l;
-                    scaled[a] = l * inverse;
-                }
-                if (r_ <= j % PR) scaled[a0] = 0;
-                const S s = shown[N];
-                if (lane_ == 0) {
-                    solved()[2 * j] = s * inverse;
-                    solved()[2 * j + 1] = inverse;
-                }
-                MBF_UNROLL
-                for (int a = a0; a < kRows; ++a) rhs_[a] = rhs_[a] - scaled[a] * s;
-                if (!kFactor) continue;
-                MBF_UNROLL
-                for (int b2 = b + (PC == 1); b2 < kCols; ++b2) {
-                    S across = shown[b2 * PC + c_];
-                    if (b2 == b && c_ <= owner) across = 0;  // columns that are done
-                    MBF_UNROLL
-                    for (int a = b2 / kFold; a < kRows; ++a) entries_[a][b2] = entries_[a][b2] - scaled[a] * across;
-                }
-            }
+            if (b * PC >= n_) break;
+            for_each_owner([&](int owner) {
+                if (b * PC + owner < n_) sweep_column<kFactor>(b, owner, info);
+            });
         }
         return static_cast<int>(info);
+    }
+
+    // Inner loops have the same trip count for every column, without which not every compiler unrolls them.
+    template <bool kFactor>
+    MBF_FN void sweep_column(int b, int owner, S& info) {
+        const int j = b * PC + owner, a0 = b / kFold;  // the column, and the row slot of its pivot
+        S* shown = column(j);
+        if (c_ == owner) {
+            MBF_UNROLL
+            for (int a = 0; a < kRows; ++a)
+                if (a >= a0) shown[row_of(a)] = entries_[a][b];
+            if (r_ == j % PR) shown[N] = rhs_[a0];
+        }
+        sync();
+        const S pivot = shown[j];
+        const S inverse = kFactor ? inverse_root(pivot) : 1 / pivot;
+        const S one = pivot * inverse;  // or its root: what matters is NaN
+        info = flag(info, one == one, j + 1);
+
+        const S scale = kFactor ? inverse * inverse : inverse;
+        S scaled[kRows];  // the column over the pivot in this lane's rows below it
+        MBF_UNROLL
+        for (int a = 0; a < kRows; ++a) {
+            if (a < a0) continue;
+            scaled[a] = (PC == 1 ? entries_[a][b] : shown[row_of(a)]) * scale;
+            if (kFactor && c_ == owner) entries_[a][b] = entries_[a][b] * inverse;
+        }
+        if (r_ <= j % PR) scaled[a0] = 0;
+        const S s = shown[N];
+        if (lane_ == 0) {
+            solved()[2 * j] = s * inverse;
+            solved()[2 * j + 1] = inverse;
+        }
+        MBF_UNROLL
+        for (int a = 0; a < kRows; ++a)
+            if (a >= a0) rhs_[a] = rhs_[a] - scaled[a] * s;
+        MBF_UNROLL
+        for (int b2 = 0; b2 < kCols; ++b2) {
+            if (!kFactor || b2 < b + (PC == 1)) continue;
+            S across = shown[b2 * PC + c_];
+            if (b2 == b && c_ <= owner) across = 0;  // columns that are done
+            MBF_UNROLL
+            for (int a = 0; a < kRows; ++a)
+                if (a >= b2 / kFold) entries_[a][b2] = entries_[a][b2] - scaled[a] * across;
+        }
     }
 
     // x_ <- L^-T y, from the last row to the first. Each lane sums what its own rows contribute to a column. Of entries
@@ -318,42 +336,61 @@ private:
         sync();
         MBF_UNROLL
         for (int b = kCols - 1; b >= 0; --b) {
-            const int a0 = b / kFold;
-            MBF_DO_NOT_UNROLL
-            for (int owner = PC - 1; owner >= 0; --owner) {
-                const int k = b * PC + owner;
-                if (k >= n_) continue;
-                S mine = 0;
-                MBF_UNROLL
-                for (int a = kRows - 1; a >= a0; --a) mine = mine + entries_[a][b] * x_[a];
-                S* partial = column(k);
-                if (c_ == owner) partial[r_] = mine;
-                sync();
-                S sum = partial[0];
-                MBF_UNROLL
-                for (int r = 1; r < PR; ++r) sum = sum + partial[r];
-                const S x_k = (solved()[2 * k] - sum) * solved()[2 * k + 1];
-                x_[a0] = r_ == k % PR ? x_k : x_[a0];
-            }
+            for_each_owner([&](int k) {
+                const int owner = PC - 1 - k;
+                if (b * PC + owner < n_) substitute_column(b, owner);
+            });
         }
     }
 
-    // graft_scale of numerics.h with the elements shared out over the team.
-    MBF_FN S team_graft_scale(const Rates<S>& rates, const Momentum<S>& momentum) {
-        const S *g = vector(0), *m = vector(1), *f = triangle();
-        S peak = 0, adam = 0;
+    MBF_FN void substitute_column(int b, int owner) {
+        const int j = b * PC + owner, a0 = b / kFold;
+        S mine = 0;
+        MBF_UNROLL
+        for (int a = kRows - 1; a >= 0; --a)
+            if (a >= a0) mine = mine + entries_[a][b] * x_[a];
+        S* partial = column(j);
+        if (c_ == owner) partial[r_] = mine;
+        sync();
+        S sum = partial[0];
+        MBF_UNROLL
+        for (int r = 1; r < PR; ++r) sum = sum + partial[r];
+        const S x_j = (solved()[2 * j] - sum) * solved()[2 * j + 1];
+        x_[a0] = r_ == j % PR ? x_j : x_[a0];
+    }
+
+    // A loop that stays one, where it is one.
+    template <class Visit>
+    MBF_FN void for_each_owner(Visit visit) {
+        if constexpr (PC == 1) {
+            visit(0);
+        } else {
+            MBF_DO_NOT_UNROLL
+            for (int k = 0; k < PC; ++k) visit(k);
+        }
+    }
+
+    // graft_scale of numerics.h with the elements shared out over the team: |u|^2 of the direction in rhs_, and then
+    // |u| / |x|.
+    MBF_FN S adam_length(const Rates<S>& rates) {
+        sync();  // F is up to date
+        S sum = 0;
         MBF_UNROLL
         for (int a = 0; a < kRows; ++a) {
             const int i = row_of(a);
             if (i >= n_) continue;
-            peak = larger_magnitude(peak, x_[a]);
-            adam = adam + adam_square(f[row(i) + i], momentum.direction(m[i], g[i]), rates.momentum_scale,
-                                      rates.fisher_scale, S(q_.eps));
+            const S f = triangle()[row(i) + i];
+            sum = sum + adam_square(f, rhs_[a], rates.momentum_scale, rates.fisher_scale, S(q_.eps));
         }
+        return reduce(sum, [](S a, S b) { return a + b; });
+    }
+
+    MBF_FN S graft_ratio(S adam) {
+        S peak = 0, length = 0;  // x is zero beyond n
+        MBF_UNROLL
+        for (int a = 0; a < kRows; ++a) peak = larger_magnitude(peak, x_[a]);
         peak = reduce(peak, [](S a, S b) { return larger_magnitude(a, b); });
-        adam = reduce(adam, [](S a, S b) { return a + b; });
         const S unit = unit_of(peak);
-        S length = 0;  // x is zero beyond n
         MBF_UNROLL
         for (int a = 0; a < kRows; ++a) length = length + (unit * x_[a]) * (unit * x_[a]);
         length = reduce(length, [](S a, S b) { return a + b; });
@@ -423,7 +460,7 @@ private:
     }
 
     MBF_FN void fetch_triangles(const S* storage) const {
-        const S* from = storage + block_offset(n_, first_);
+        const S* from = storage + block_offset(n_, first());
         if (is_tiled(n_)) {
             for_each_tiled_entry([&](int at, int64_t offset) {
                 __pipeline_memcpy_async(triangles() + at, storage + offset, sizeof(S));
@@ -431,7 +468,7 @@ private:
         } else {
             MBF_UNROLL
             for (int i = 0; i < kTeams; ++i) {
-                const int count = i < active_ ? padded_triangle_size(n_) : 0;
+                const int count = i < active() ? padded_triangle_size(n_) : 0;
                 Staged::template fetch_contiguous<kMaxTriangle>(triangles() + i * triangle_pitch(n_), from, count);
                 from += count;
             }
@@ -445,10 +482,10 @@ private:
                 if (which == kGoodAndBad || codes[at / triangle_pitch(n_)] >= kGood) storage[offset] = triangles()[at];
             });
         } else {
-            S* to = storage + block_offset(n_, first_);
+            S* to = storage + block_offset(n_, first());
             MBF_UNROLL
             for (int i = 0; i < kTeams; ++i) {
-                const bool stored = i < active_ && (which == kGoodAndBad || codes[i] >= kGood);
+                const bool stored = i < active() && (which == kGoodAndBad || codes[i] >= kGood);
                 const int count = stored ? padded_triangle_size(n_) : 0;
                 Staged::template store_contiguous<kMaxTriangle>(to, triangles() + i * triangle_pitch(n_), count);
                 to += padded_triangle_size(n_);
@@ -461,18 +498,24 @@ private:
     MBF_FN void for_each_tiled_entry(Move move) const {
         for (int e = threadIdx.x; e < kTeams * triangle_size(n_); e += kThreads) {
             const int t = e / kTeams, i = e % kTeams;
-            if (i < active_) move(i * triangle_pitch(n_) + t, block_offset(n_, first_ + i) + t * entry_stride(n_));
+            if (i < active()) move(i * triangle_pitch(n_) + t, block_offset(n_, first() + i) + t * entry_stride(n_));
         }
     }
 
     MBF_FN void fetch(int which, const BlockView& view) const {
-        Staged::fetch_vectors(vectors(which), view, n_, first_, active_);
+        Staged::fetch_vectors(vectors(which), view, n_, first(), active());
     }
 
     MBF_FN int row_of(int a) const { return a * PR + r_; }
     MBF_FN S* fisher() const { return static_cast<S*>(problem_.fisher); }
     MBF_FN S* stored() const { return static_cast<S*>(problem_.factor); }
-    MBF_FN bool is_active() const { return team_ < active_; }
+    // The first block, and how many of this thread block's teams have one. Cheaper to compute than to keep.
+    MBF_FN int64_t first() const { return static_cast<int64_t>(unit_) * kBlocks; }
+    MBF_FN int active() const {
+        const int64_t left = problem_.count - first();
+        return left < kBlocks ? static_cast<int>(left) : kBlocks;
+    }
+    MBF_FN bool is_active() const { return team_ < active(); }
     static MBF_HOST_DEVICE constexpr int triangle_pitch(int n) { return team_pitch(padded_triangle_size(n)); }
 
     // Shared memory: what the lanes of a team exchange, triangles, three sets of vectors, a code per team.
@@ -493,9 +536,8 @@ private:
     const Problem& problem_;
     const Parameters& q_;
     const int n_;
-    const int64_t first_;
+    const int unit_;
     const int team_, lane_, r_, c_;
-    int active_;
     S entries_[kRows][kCols];
     S rhs_[kRows], x_[kRows];
 };
