@@ -7,11 +7,13 @@
 // F, L and the inverses I are anything indexable: a V*, or a view of memory that holds one lane's entries some way
 // apart.
 //
-// The includer defines first: MBF_FN (function qualifiers), MBF_UNROLL (unrolls the next loop), MBF_UNROLL_IN_REGISTERS
-// (likewise, where only arrays kept in registers need it), MBF_RESTRICT, `V square_root(V)` and
-// `V select(mask, V yes, V no)`. Differences are written d - a*b for the compiler to contract
-// into fused multiply-adds; every sum runs in index order, so a result depends on neither the lane, the number of lanes
-// nor the tile shape.
+// The includer defines first: MBF_FN (function qualifiers), MBF_RESTRICT, MBF_UNROLL (unrolls the next loop),
+// MBF_UNROLL_IN_REGISTERS (likewise, where only arrays kept in registers need it), MBF_BOUND(needed, fixed) (the bound
+// of a loop whose body asks by itself: the fixed one for a compiler that unrolls only what has the same trip count
+// every time), `V square_root(V)` and `V select(mask, V yes, V no)`.
+//
+// Differences are written d - a*b for the compiler to contract into fused multiply-adds; every sum runs in index order,
+// so a result depends on neither the lane, the number of lanes nor the tile shape.
 //
 // `info` follows LAPACK, kept in a V so that it stays in the lane: 0 is good, k > 0 says that k (from 1)
 // is the first pivot that is not positive and finite, or else the first element that is not finite.
@@ -222,13 +224,15 @@ MBF_FN void solve(L l, I inverse, V* MBF_RESTRICT x, int n_) {
     for (int k = 0; k < n; ++k) {
         x[k] = x[k] * inverse[k];
         MBF_UNROLL
-        for (int i = k + 1; i < n; ++i) x[i] = x[i] - l[row(i) + k] * x[k];
+        for (int i = MBF_BOUND(k + 1, 0); i < n; ++i)
+            if (i > k) x[i] = x[i] - l[row(i) + k] * x[k];
     }
     MBF_UNROLL
     for (int k = n - 1; k >= 0; --k) {
         x[k] = x[k] * inverse[k];
         MBF_UNROLL
-        for (int i = 0; i < k; ++i) x[i] = x[i] - l[row(k) + i] * x[k];
+        for (int i = 0; i < MBF_BOUND(k, n); ++i)
+            if (i < k) x[i] = x[i] - l[row(k) + i] * x[k];
     }
 }
 

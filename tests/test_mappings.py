@@ -46,7 +46,7 @@ def gpu(request):
 
 def _served():
     """(mapping, dtype, n) at both ends of every compiled kernel's sizes."""
-    text = MAPPINGS.read_text()
+    text = MAPPINGS.read_text().replace("\\\n", " ")
     for dtype, scalar in zip(DTYPES, ("FLOAT", "DOUBLE"), strict=True):
         last = int(re.search(rf"MBF_MAX_THREAD_{scalar} (\d+)", text)[1])
         yield from (("thread", dtype, n) for n in (1, 2, 3, last - 1, last))

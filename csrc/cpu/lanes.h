@@ -17,6 +17,7 @@
 #define MBF_RESTRICT __restrict
 #define MBF_UNROLL _Pragma("GCC unroll 20")
 #define MBF_UNROLL_IN_REGISTERS
+#define MBF_BOUND(needed, fixed) (needed)
 
 namespace mbf {
 namespace {

@@ -15,6 +15,7 @@
 // Loops over arrays that must stay in registers; their trip counts are known once N is.
 #define MBF_UNROLL _Pragma("unroll")
 #define MBF_UNROLL_IN_REGISTERS _Pragma("unroll")
+#define MBF_BOUND(needed, fixed) (fixed)
 #define MBF_DO_NOT_UNROLL _Pragma("unroll 1")
 
 namespace mbf {

@@ -79,9 +79,8 @@ struct Staging {
 
     template <int kMaxCount>
     static MBF_FN void store_contiguous(S* to, const S* from, int count) {
-        for_each_chunk<kMaxCount>(count, [=](int e) {
-            *reinterpret_cast<uint4*>(to + e) = *reinterpret_cast<const uint4*>(from + e);
-        });
+        for_each_chunk<kMaxCount>(
+            count, [=](int e) { *reinterpret_cast<uint4*>(to + e) = *reinterpret_cast<const uint4*>(from + e); });
     }
 
 private:

@@ -519,12 +519,8 @@ private:
     static MBF_HOST_DEVICE constexpr int triangle_pitch(int n) { return team_pitch(padded_triangle_size(n)); }
 
     // Shared memory: what the lanes of a team exchange, triangles, three sets of vectors, a code per team.
-    MBF_FN S* column(int j) const {
-        return reinterpret_cast<S*>(shared_memory) + ((j & 1) * kTeams + team_) * kColumn;
-    }
-    MBF_FN S* solved() const {
-        return reinterpret_cast<S*>(shared_memory) + 2 * kTeams * kColumn + team_ * kSolved;
-    }
+    MBF_FN S* column(int j) const { return reinterpret_cast<S*>(shared_memory) + ((j & 1) * kTeams + team_) * kColumn; }
+    MBF_FN S* solved() const { return reinterpret_cast<S*>(shared_memory) + 2 * kTeams * kColumn + team_ * kSolved; }
     MBF_FN S* triangles() const { return reinterpret_cast<S*>(shared_memory) + kTeams * (2 * kColumn + kSolved); }
     MBF_FN S* triangle() const { return triangles() + team_ * triangle_pitch(n_); }
     MBF_FN S* vectors(int which) const {

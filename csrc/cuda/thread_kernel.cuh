@@ -231,7 +231,8 @@ private:
     // The tiles of this thread block are contiguous in both memories.
     MBF_FN void fetch_tiles(const S* storage) const {
         const int tiles = (active_ + kTileBlocks - 1) / kTileBlocks;
-        Staged::template fetch_contiguous<kBlocks * kTriangle>(tiles_memory(), storage + block_offset(N, first_), tiles * kTriangle * kTileBlocks);
+        Staged::template fetch_contiguous<kBlocks * kTriangle>(tiles_memory(), storage + block_offset(N, first_),
+                                                               tiles * kTriangle * kTileBlocks);
     }
 
     MBF_FN void fetch(int which, const BlockView& view) const {
