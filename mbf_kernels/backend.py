@@ -96,7 +96,7 @@ def _implementation(name: str) -> Any:
 def _warn_once(reason: str) -> None:
     warnings.warn(
         f"mbf_kernels: {reason}; torch.linalg serves instead, which is much slower. "
-        "`python -m mbf_kernels` tells what was found and docs/guide.md how to build the kernels.",
+        "`python -m mbf_kernels` tells what was found, README.md (Install) how to build the kernels.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import reference
 from .blocks import MAX_TILED_SIZE, TILE_BLOCKS, SymmetricBlocks, triangle_size
 from .options import StepOptions
+from .views import View
 
 try:
     import mbf_kernels._C as _C
@@ -121,7 +122,7 @@ class Native:
     def accumulate_(self, fisher: SymmetricBlocks, g: Tensor, decay: float) -> None:
         if len(g) > 1:  # a Gram matrix over many samples is a matrix product: torch's
             return reference.accumulate_(fisher, g, decay)
-        grad = _View(g[0], fisher.size)
+        grad = View(g[0], fisher.size)
         problem = _C.Problem(count=fisher.count, fisher=_address(fisher), grad=grad.native)
         self._launch(_C.Op.accumulate_, fisher, [problem], decay=decay)
 
@@ -146,7 +147,7 @@ class Native:
     ) -> tuple[Tensor, Tensor]:
         x = torch.empty(rhs.shape, dtype=rhs.dtype, device=rhs.device)
         info = _new_info(fisher.data, fisher.count)
-        views = [_View(tensor, fisher.size) for tensor in (g, rhs, x)]
+        views = [View(tensor, fisher.size) for tensor in (g, rhs, x)]
         problem = _C.Problem(
             count=fisher.count, fisher=_address(fisher), info=info.data_ptr(),
             grad=views[0].native, rhs=views[1].native, out=views[2].native,
@@ -174,7 +175,7 @@ class Native:
         info_address = info.data_ptr()
         problems, written = [], []
         for i, fisher in enumerate(fishers):
-            grad, momentum, param = (_View(tensor, size) for tensor in (grads[i], momenta[i], params[i]))
+            grad, momentum, param = (View(tensor, size) for tensor in (grads[i], momenta[i], params[i]))
             written += [momentum, param]
             problem = _C.Problem(
                 count=fisher.count,
@@ -209,50 +210,6 @@ class Native:
 CPU = Native(_launch_cpu, reads_device_numbers=False)
 CUDA = Native(_launch_cuda, reads_device_numbers=True)
 EMULATED = Native(_launch_emulated, reads_device_numbers=True)
-
-
-class _View:
-    """A tensor as blocks of n elements, for the kernels: in place, or through a copy where strides forbid it."""
-
-    def __init__(self, tensor: Tensor, n: int):
-        self.tensor = tensor
-        strides = block_strides(tuple(tensor.shape), tensor.stride(), n)
-        self.staged = tensor if strides else tensor.contiguous()
-        strides = strides or block_strides(tuple(tensor.shape), self.staged.stride(), n)
-        self.native = (self.staged.data_ptr(), *strides)
-
-    def write_back(self) -> None:
-        if self.staged is not self.tensor:
-            self.tensor.copy_(self.staged)
-
-
-@lru_cache(maxsize=4096)
-def block_strides(
-    shape: tuple[int, ...], strides: tuple[int, ...], n: int
-) -> tuple[int, int, int, int, int, int] | None:
-    """(inner count, outer stride, inner stride) of the blocks and of their elements, where the trailing
-    dimensions multiply to n; None where either needs more than two levels."""
-    split, elements = len(shape), 1
-    while elements < n:
-        split -= 1
-        elements *= shape[split]
-    levels = _levels(shape[:split], strides[:split]), _levels(shape[split:], strides[split:])
-    return levels[0] + levels[1] if None not in levels else None
-
-
-def _levels(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int] | None:
-    merged: list[tuple[int, int]] = []  # (size, stride), outermost first
-    for size, stride in zip(shape, strides, strict=True):
-        if size == 1:
-            continue
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    if len(merged) > 2:
-        return None
-    (_, outer), (count, inner) = [(1, 0)] * (2 - len(merged)) + merged
-    return count, outer, inner
 
 
 def _columns(x: Tensor) -> tuple[int, ...]:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from . import reference
 from .blocks import TILE_BLOCKS, SymmetricBlocks
-from .native import _View
 from .options import StepOptions
+from .views import View
 
 MAX_SIZE = 20
 WARPS = 4  # of a program; a lane is a block
@@ -63,7 +63,7 @@ def accumulate_(fisher: SymmetricBlocks, g: Tensor, decay: float) -> None:
     if len(g) > 1:  # a Gram matrix over many samples is a matrix product: torch's
         return reference.accumulate_(fisher, g, decay)
     numbers = _numbers(fisher.dtype, decay, 1 - decay)
-    _launch(_kernels().accumulate, fisher, fisher.data, _strided(_View(g[0], fisher.size)), numbers)
+    _launch(_kernels().accumulate, fisher, fisher.data, _strided(View(g[0], fisher.size)), numbers)
 
 
 def factor(fisher: SymmetricBlocks, damping: float | Tensor, relative: bool) -> tuple[SymmetricBlocks, Tensor]:
@@ -92,7 +92,7 @@ def accumulate_factor_solve_(
     _check_size("accumulate_factor_solve_", fisher)
     x = torch.empty(rhs.shape, dtype=rhs.dtype, device=rhs.device)
     info = _new_info(fisher, fisher.count)
-    views = [_strided(_View(tensor, fisher.size)) for tensor in (g, rhs, x)]
+    views = [_strided(View(tensor, fisher.size)) for tensor in (g, rhs, x)]
     numbers = _numbers(fisher.dtype, decay, 1 - decay, damping)
     kernel = _kernels().accumulate_factor_solve
     _launch(kernel, fisher, fisher.data, info, *views, numbers, RELATIVE=relative)
@@ -115,7 +115,7 @@ def mbf_step_(
     info = _new_info(fishers[0], sum(fisher.count for fisher in fishers))
     infos = info.split([fisher.count for fisher in fishers])
     for i, fisher in enumerate(fishers):
-        grad, momentum, param = (_View(tensor, fisher.size) for tensor in (grads[i], momenta[i], params[i]))
+        grad, momentum, param = (View(tensor, fisher.size) for tensor in (grads[i], momenta[i], params[i]))
         numbers = _numbers(
             fisher.dtype, o.lr, o.damping, o.decay, 1 - o.decay, o.momentum, 1 - o.momentum,
             momentum_weights[i], fisher_weights[i], o.eps, o.weight_decay,
@@ -132,7 +132,7 @@ def mbf_step_(
     return info
 
 
-def _strided(view: _View) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _strided(view: View) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """A view as the kernels take it. Blocks of one stride have no inner count."""
     count, outer, inner, elements, element_outer, element_inner = view.native[1:]
     return _twice(view.staged, count if outer else None, outer, inner, elements, element_outer, element_inner)

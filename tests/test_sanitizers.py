@@ -31,7 +31,11 @@ MUTATIONS = {
         "fetch(0, rhs);\n            await_copies",
         "fetch(0, rhs); __syncthreads",
     ),
-    "index of a global store": (STAGING, "reinterpret_cast<uint4*>(to + e) =", "reinterpret_cast<uint4*>(to + e + 4) ="),
+    "index of a global store": (
+        STAGING,
+        "reinterpret_cast<uint4*>(to + e) =",
+        "reinterpret_cast<uint4*>(to + e + 4) =",
+    ),
     "index of a shared store": (TEAM, "shown[row_of(a)] = entries_", "shown[row_of(a) + 1] = entries_"),
     "index past shared memory": (TEAM, "(vectors(3)) + team_;", "(vectors(3)) + team_ + 1;"),
 }

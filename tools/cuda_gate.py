@@ -3,6 +3,7 @@
     python tools/cuda_gate.py            compiles, and writes the table of this nvcc version into cuda_gate.json
     python tools/cuda_gate.py --check    compiles; fails where a kernel spills, has a stack or differs from its table
     --arch 90                            only that architecture
+    --built mbf_kernels/_C.so            of a built module, whatever it holds, instead of compiling
 
 A version of nvcc without a table is held to the rules alone: no spills, no stack, machine code of every architecture.
 """
@@ -46,6 +47,15 @@ def resources(log: str) -> dict[str, list[int]]:
     return found
 
 
+def built_resources(usage: str) -> dict[str, list[int]]:
+    """What `cuobjdump -res-usage` says of a finished module, where whatever has a stack is taken to spill."""
+    found = {}
+    for name, text in re.findall(r"Function (\w+):\s+(.*)", usage):
+        number = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", text)}
+        found[readable(name) or name] = [number["REG"], number["STACK"], number["STACK"], number["SHARED"]]
+    return found
+
+
 def instruction_counts(sass: str) -> dict[str, int]:
     """Instructions of every kernel in cuobjdump's listing, padding aside."""
     _, *functions = re.split(r"^\s*Function : (?=\w)", sass, flags=re.MULTILINE)
@@ -60,6 +70,15 @@ def figures(one: Object) -> dict[str, list[int]]:
     if compiled.keys() != counts.keys():
         raise Problem(f"{one.name}: ptxas and cuobjdump disagree on {sorted(compiled.keys() ^ counts.keys())}")
     return {name: [*compiled[name], counts[name]] for name in compiled}
+
+
+def table_of_built(module: Path) -> Table:
+    held = sorted(set(cuda_objects.machine_code(module)))
+    if len(held) != 1:
+        raise Problem(f"{module}: expected machine code for one architecture, got {held or 'none'}")
+    counts = instruction_counts(cuda_objects.disassemble(module))
+    resources = built_resources(cuda_objects.resource_usage(module))
+    return {str(held[0]): {name: [*resources[name], counts[name]] for name in counts}}
 
 
 def table_of(objects: Iterable[Object]) -> Table:
@@ -134,6 +153,7 @@ def update(version: str, table: Table) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--built", type=Path)
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append")
     options = parser.parse_args(arguments)
     if not cuda_objects.nvcc():
@@ -141,7 +161,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if options.check else 1
     try:
         version = cuda_objects.nvcc_version()
-        table = table_of(cuda_objects.compile_kernels(options.arch or ARCHITECTURES))
+        if options.built:
+            table = table_of_built(options.built)
+        else:
+            table = table_of(cuda_objects.compile_kernels(options.arch or ARCHITECTURES))
     except Problem as problem:
         print(problem)
         return 1

@@ -71,6 +71,10 @@ def disassemble(path: Path) -> str:
     return run([disassembler(), "-sass", str(path)], env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"})
 
 
+def resource_usage(path: Path) -> str:
+    return run([disassembler(), "-res-usage", str(path)])
+
+
 def machine_code(path: Path) -> list[int]:
     """The architectures that an object holds machine code for."""
     return [int(a) for a in re.findall(r"\.sm_(\d+)[af]?\.cubin", run([disassembler(), "-lelf", str(path)]))]
