@@ -69,6 +69,24 @@ def test_what_ptxas_says():
     }
 
 
+def test_what_cuobjdump_says_of_a_built_module():
+    usage = (
+        f" Function {THREAD}:\n  REG:168 STACK:32 SHARED:1024 LOCAL:0 CONSTANT[0]:724 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
+    )
+    usage += f" Function {TEAM}:\n  REG:184 STACK:0 SHARED:1072 LOCAL:0 CONSTANT[0]:724 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
+    assert cuda_gate.built_resources(usage) == cuda_gate.resources(LOG)
+
+
+def test_a_module_spares_the_compiling_of_what_it_holds_alone(monkeypatch):
+    monkeypatch.setattr(cuda_objects, "disassemble", lambda path: SASS)
+    monkeypatch.setattr(cuda_objects, "resource_usage", lambda path: f"Function {THREAD}:\n REG:9 STACK:0 SHARED:0\n")
+    for held, taken in (([90, 90], True), ([80, 90], False), ([75], False), ([], False)):
+        monkeypatch.setattr(cuda_objects, "machine_code", lambda path, held=held: held)
+        monkeypatch.setattr(cuda_gate, "instruction_counts", lambda sass: {"op thread float n=17": 5})
+        expected = {"90": {"op thread float n=17": [9, 0, 0, 0, 5]}} if taken else {}
+        assert cuda_gate.table_of_built(Path("_C.so"), (80, 90)) == expected
+
+
 def test_instructions_are_counted_without_padding():
     assert cuda_gate.instruction_counts(SASS) == {"op thread float n=17": 5, "step block double N=64 8x8x1": 1}
 

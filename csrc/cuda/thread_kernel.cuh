@@ -34,9 +34,12 @@ class ThreadKernel {
 public:
     static constexpr int kBlocks = kTiles * kTileBlocks;  // of a thread block
     static constexpr int kThreads = kBlocks;
-    // As many at once as fit in the shared memory of compute capability 9.0, and no fewer than 64 registers a thread.
+    // As many at once as fit in the shared memory of compute capability 9.0 and leave each thread the registers for L,
+    // a few scalars per row and some 24 more, of which a quarter of a multiprocessor has 512 per lane.
     static constexpr int kFitting = static_cast<int>(227 * 1024 / (kTiles * kTileBytes));
-    static constexpr int kMinBlocks = kFitting * kThreads > 1024 ? 1024 / kThreads : kFitting;
+    static constexpr int kWarps = 4 * (512 / ((kTriangle + 3 * N) * static_cast<int>(sizeof(S)) / 4 + 24));
+    static constexpr int kByRegisters = kWarps * 32 / kThreads;
+    static constexpr int kMinBlocks = kByRegisters < kFitting ? kByRegisters : kFitting;
     static size_t shared_bytes(int) { return kTiles * kTileBytes; }
 
     MBF_FN ThreadKernel(const Problem& problem, const Parameters& parameters, int, int unit)
@@ -45,13 +48,17 @@ public:
         active_ = left < kBlocks ? static_cast<int>(left) : kBlocks;
     }
 
+    // One path through the ops, so that what they share is compiled once.
     MBF_FN void run_op(Op op) const {
-        switch (op) {
-            case Op::kAccumulate: return accumulate_blocks();
-            case Op::kFactor: return factor_blocks();
-            case Op::kSolve: return solve_blocks();
-            default: return fused_blocks();
-        }
+        if (op == Op::kSolve) return solve_blocks();
+        fetch_tiles(fisher());
+        if (op != Op::kFactor) fetch(0, problem_.grad);
+        if (op == Op::kFused) fetch(1, problem_.rhs);
+        await_copies();
+        if (is_active()) op_block(op);
+        if (op != Op::kFused) return;
+        __syncthreads();
+        Staged::store_vectors(vectors(1), problem_.out, N, first_, active_);
     }
 
     MBF_FN void run_step() const {
@@ -69,25 +76,31 @@ public:
 private:
     using Staged = Staging<S, N, kBlocks, kThreads>;
 
-    MBF_FN void accumulate_blocks() const {
-        fetch_tiles(fisher());
-        fetch(0, problem_.grad);
-        await_copies();
-        if (!is_active()) return;
+    MBF_FN void op_block(Op op) const {
         const Column<S> f = column();
-        update(f);
-        if (poison_of_diagonal<N, S>(f, N) == 0) store_column(fisher(), f);
-    }
-
-    MBF_FN void factor_blocks() const {
-        fetch_tiles(fisher());
-        await_copies();
-        if (!is_active()) return;
+        S* rhs = vector(1);
+        const S doubt = op == Op::kFused ? doubt_of_vectors(vector(0), rhs) : S(0);
+        if (op != Op::kFactor) update(f);
+        if (op == Op::kAccumulate) {
+            if (poison_of_diagonal<N, S>(f, N) == 0) store_column(fisher(), f);
+            return;
+        }
         S l[kTriangle];
-        const int info = factor_block(l, S(0));
-        MBF_UNROLL
-        for (int t = 0; t < kTriangle; ++t) l[t] = info ? S(0) : l[t];
-        store_column(stored(), l);
+        int info = factor_block(l, S(0));
+        if (op == Op::kFactor) {
+            MBF_UNROLL
+            for (int t = 0; t < kTriangle; ++t) l[t] = info ? S(0) : l[t];
+            store_column(stored(), l);
+        } else {
+            S x[N];
+            MBF_UNROLL
+            for (int k = 0; k < N; ++k) x[k] = rhs[k];
+            solve<N>(l, inverse(), x, N);
+            info = combine(info, doubt, x);
+            if (!info) store_column(fisher(), f);
+            MBF_UNROLL
+            for (int k = 0; k < N; ++k) rhs[k] = info ? S(0) : x[k];
+        }
         report(problem_, block(), info);
     }
 
@@ -114,33 +127,6 @@ private:
             Staged::store_vectors(vectors(0), out, N, first_, active_);
             __syncthreads();  // before the next one overwrites it
         }
-    }
-
-    MBF_FN void fused_blocks() const {
-        fetch_tiles(fisher());
-        fetch(0, problem_.grad);
-        fetch(1, problem_.rhs);
-        await_copies();
-        if (is_active()) fused_block();
-        __syncthreads();
-        Staged::store_vectors(vectors(1), problem_.out, N, first_, active_);
-    }
-
-    MBF_FN void fused_block() const {
-        const Column<S> f = column();
-        S* rhs = vector(1);
-        const S doubt = doubt_of_vectors(vector(0), rhs);
-        update(f);
-        S l[kTriangle], x[N];
-        const int pivot = factor_block(l, S(0));
-        MBF_UNROLL
-        for (int k = 0; k < N; ++k) x[k] = rhs[k];
-        solve<N>(l, inverse(), x, N);
-        const int info = combine(pivot, doubt, x);
-        if (!info) store_column(fisher(), f);
-        MBF_UNROLL
-        for (int k = 0; k < N; ++k) rhs[k] = info ? S(0) : x[k];
-        report(problem_, block(), info);
     }
 
     MBF_FN void step_block() const {

@@ -383,6 +383,7 @@ struct Target {
     std::string name;
     bool emulated;
     Launch launch;
+    std::vector<int> sizes;
     std::function<std::vector<int64_t>(int n, bool is_double)> counts;  // of blocks; none: n is not served
 };
 
@@ -406,12 +407,17 @@ void run_size(const Target& target, int n) {
 }
 
 void run_target(const Target& target) {
-    // The ends of every mapping and of every compiled size, and where the storage changes.
-    for (int n : {1, 2, 9, 12, 13, 16, 17, 20, 21, 24, 25, 32, 33, 48, 49, 64, 65, 96, 97, 128}) {
+    for (int n : target.sizes) {
         run_size<float>(target, n);
         run_size<double>(target, n);
     }
 }
+
+// Where the storage changes (20), at the ends of compiled sizes and, on GPUs, of each mapping's kernels.
+const std::vector<int> kCpuSizes = {1, 2, 9, 10, 16, 17, 20, 21, 33, 64, 65, 128};
+const std::vector<int> kThreadSizes = {1, 2, 9, 12, 13, 16, 17, 20};
+const std::vector<int> kGroupSizes = {1, 2, 16, 17, 20, 21, 24, 25, 28, 29, 32, 33, 40, 41, 48, 49, 64};
+const std::vector<int> kBlockSizes = {1, 20, 21, 64, 65, 80, 81, 96, 97, 128};
 
 std::vector<int64_t> around(std::vector<int64_t> counts, int64_t edge) {
     for (int64_t count : {edge - 1, edge, edge + 1})
@@ -465,18 +471,18 @@ std::vector<Target> cpu_targets() {
             cpu::set_isa(isa);
             cpu::launch(op, dtype, n, problems, q, 3);
         };
-        targets.push_back({"cpu " + isa, false, launch, cpu_counts});
+        targets.push_back({"cpu " + isa, false, launch, kCpuSizes, cpu_counts});
     }
     return targets;
 }
 
-Target emulated_target(const char* name, Mapping mapping,
+Target emulated_target(const char* name, Mapping mapping, const std::vector<int>& sizes,
                        std::function<std::vector<int64_t>(int n, bool is_double)> counts) {
     const Launch launch = [mapping](Op op, DType dtype, int n, const std::vector<Problem>& problems,
                                     const Parameters& q) {
         emulated::launch(op, dtype, n, problems, q, 0, 0, mapping);
     };
-    return {std::string("emulated ") + name, true, launch, counts};
+    return {std::string("emulated ") + name, true, launch, sizes, counts};
 }
 
 [[maybe_unused]] void print_current_case() {
@@ -495,9 +501,9 @@ int main(int argc, char** argv) {
     if (backend != "emulated")
         for (const Target& target : cpu_targets()) run_target(target);
     if (backend != "cpu") {
-        run_target(emulated_target("thread", Mapping::kThread, thread_counts));
-        run_target(emulated_target("group", Mapping::kGroup, group_counts));
-        run_target(emulated_target("block", Mapping::kBlock, block_counts));
+        run_target(emulated_target("thread", Mapping::kThread, kThreadSizes, thread_counts));
+        run_target(emulated_target("group", Mapping::kGroup, kGroupSizes, group_counts));
+        run_target(emulated_target("block", Mapping::kBlock, kBlockSizes, block_counts));
     }
     printf("%lld cases, %d failures\n", static_cast<long long>(cases), failures);
     if (!cases) fprintf(stderr, "no case has all of these words\n");
