@@ -35,10 +35,10 @@ public:
     static constexpr int kBlocks = kTiles * kTileBlocks;  // of a thread block
     static constexpr int kThreads = kBlocks;
     // As many at once as fit in the shared memory of compute capability 9.0 and leave each thread the registers for L,
-    // a few scalars per row and some 24 more, of which a quarter of a multiprocessor has 512 per lane.
+    // a few scalars per row and some 24 more, and no fewer than 64; a quarter of a multiprocessor has 512 per lane.
     static constexpr int kFitting = static_cast<int>(227 * 1024 / (kTiles * kTileBytes));
-    static constexpr int kWarps = 4 * (512 / ((kTriangle + 3 * N) * static_cast<int>(sizeof(S)) / 4 + 24));
-    static constexpr int kByRegisters = kWarps * 32 / kThreads;
+    static constexpr int kRegisters = (kTriangle + 3 * N) * static_cast<int>(sizeof(S)) / 4 + 24;
+    static constexpr int kByRegisters = 4 * (512 / (kRegisters < 64 ? 64 : kRegisters)) * 32 / kThreads;
     static constexpr int kMinBlocks = kByRegisters < kFitting ? kByRegisters : kFitting;
     static size_t shared_bytes(int) { return kTiles * kTileBytes; }
 
