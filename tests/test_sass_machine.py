@@ -244,4 +244,4 @@ def test_occupancy():
 
 def test_shared_memory_and_threads_of_a_thread_block():
     assert Kernel("op thread float n=9").geometry(9) == (128, 128, 4 * (45 + 36) * 128)
-    assert Kernel("step group float N=32 4x2x8").geometry(32) == (8, 64, 8 * (4 * (528 + 99 + 72 + 96 + 8) + 4))
+    assert Kernel("step group float N=32 4x1x8").geometry(32) == (8, 32, 8 * (4 * (2 * 36 + 64 + 548 + 99) + 4))
