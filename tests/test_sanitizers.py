@@ -22,7 +22,7 @@ CASES = ["emulated", "group", "float", "n=24"]
 TEAM, STAGING = "cuda/team_kernel.cuh", "cuda/staging.cuh"
 # Name -> file, what stands there, what stands there instead.
 MUTATIONS = {
-    "no barrier in the sweep": (TEAM, "sync();\n        const S pivot", "const S pivot"),
+    "no barrier in the sweep": (TEAM, "sync();\n        const S root", "const S root"),
     "no barrier before the stores": (TEAM, "op_block(op);\n        __syncthreads();", "op_block(op);"),
     "no barrier after the copies": (STAGING, "wait_prior(0);\n    __syncthreads();", "wait_prior(0);"),
     "no wait for the copies": (STAGING, "    __pipeline_wait_prior(0);\n", ""),

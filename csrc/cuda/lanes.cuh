@@ -30,14 +30,6 @@ MBF_FN double square_root(double x) {
     return sqrt(x);
 }
 
-// 1 / sqrt(x), within 2 units in the last place.
-MBF_FN float inverse_root(float x) {
-    return rsqrtf(x);
-}
-MBF_FN double inverse_root(double x) {
-    return rsqrt(x);
-}
-
 template <class S>
 MBF_FN S select(bool mask, S yes, S no) {
     return mask ? yes : no;

@@ -203,6 +203,7 @@ private:
         MBF_UNROLL
         for (int b = 0; b < kCols; ++b) {
             const int j = b * PC + c_;
+            if (PC == 1 && b % PR == 0) sync();  // or all of g would be read at once, into as many registers
             const S g_j = j < n_ ? g[j] : S(0);
             MBF_UNROLL
             for (int a = b / kFold; a < kRows; ++a) entries_[a][b] = accumulate_entry(entries_[a][b], u[a], g_j, decay);
@@ -295,18 +296,19 @@ private:
             if (r_ == j % PR) shown[N] = rhs_[a0];
         }
         sync();
-        const S pivot = shown[j];
-        const S inverse = kFactor ? inverse_root(pivot) : 1 / pivot;
-        const S one = pivot * inverse;  // or its root: what matters is NaN
+        const S root = kFactor ? square_root(shown[j]) : shown[j];
+        const S inverse = 1 / root;
+        const S one = root * inverse;
         info = flag(info, one == one, j + 1);
 
-        const S scale = kFactor ? inverse * inverse : inverse;
-        S scaled[kRows];  // the column over the pivot in this lane's rows below it
+        S scaled[kRows];  // the column of L over its pivot in this lane's rows below it
         MBF_UNROLL
         for (int a = 0; a < kRows; ++a) {
             if (a < a0) continue;
-            scaled[a] = (PC == 1 ? entries_[a][b] : shown[row_of(a)]) * scale;
-            if (kFactor && c_ == owner) entries_[a][b] = entries_[a][b] * inverse;
+            const S shown_a = PC == 1 ? entries_[a][b] : shown[row_of(a)];
+            const S l = kFactor ? shown_a * inverse : shown_a;
+            scaled[a] = l * inverse;
+            if (kFactor && c_ == owner) entries_[a][b] = a == a0 && r_ == j % PR ? root : l;
         }
         if (r_ <= j % PR) scaled[a0] = 0;
         const S s = shown[N];

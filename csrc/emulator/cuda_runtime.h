@@ -43,13 +43,6 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
     emulator::wait_for_warp(mask);
 }
 
-inline float rsqrtf(float x) {
-    return 1 / __builtin_sqrtf(x);
-}
-inline double rsqrt(double x) {
-    return 1 / __builtin_sqrt(x);
-}
-
 struct __attribute__((aligned(16), may_alias)) uint4 {
     unsigned x, y, z, w;
 };
