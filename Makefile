@@ -28,7 +28,7 @@ OPS = accuracy bad_blocks bad_input bits ops triton
 LINTERS = ruff==0.17.5 clang-format==23.1.5
 PY = $(VENV)/bin/python
 NATIVE = $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.toml
-SOURCES_CXX = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp')
+SOURCES_CXX = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
 .PHONY: demo test bench gpu gates sanitize-address sanitize-thread lint format clean
 

@@ -89,7 +89,9 @@ def accumulate_factor_solve_(
 ) -> tuple[Tensor, Tensor]:
     """F <- beta F + (1 - beta) g g^T in place, then x = (F + lambda I)^-1 rhs: returns x [B, n] and info [B].
 
-    The fused launch: the same bits as ``accumulate_``, ``factor`` and ``solve`` in a row, with one pass over F.
+    ``accumulate_``, ``factor`` and ``solve`` in one launch, with one pass over F. The CPU gives the same bits as the
+    three in a row; on a GPU x may differ in rounding: 1 / sqrt(pivot) is one instruction there, but ``solve`` has only
+    the root.
     """
     op = "accumulate_factor_solve_"
     checks.blocks(op, "fisher", fisher)

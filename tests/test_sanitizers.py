@@ -1,9 +1,11 @@
 """The sanitized driver (`make sanitize-address`, `make sanitize-thread`) bites: a kernel with one barrier, one index or
 one wait wrong is caught, and the kernel as it is passes in the same build.
 
-Only the emulated group kernel for n = 24 in float, compiled without optimization: seconds, not minutes.
+Only the emulated group kernel for n = 24 and one thread block kernel, in float, compiled without optimization: seconds,
+not minutes.
 """
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,27 +19,39 @@ FLAGS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
 }
-CASES = ["emulated", "group", "float", "n=24"]
+# What is compiled of a mapping, and the driver's cases for it.
+KERNELS = {
+    "group": ("X(24, 4, 1, 8)", ["emulated", "group", "float", "n=24"]),
+    "block": ("X(64, 8, 8, 1)", ["emulated", "block", "float", "n=21"]),
+}
 
-TEAM, STAGING = "cuda/team_kernel.cuh", "cuda/staging.cuh"
-# Name -> file, what stands there, what stands there instead.
+TEAM, ROWS, PANELS, STAGING = (f"cuda/{name}.cuh" for name in ("team_kernel", "row_team", "panel_team", "staging"))
+# Name -> mapping, file, what stands there, what stands there instead.
 MUTATIONS = {
-    "no barrier in the sweep": (TEAM, "sync();\n        const S root", "const S root"),
-    "no barrier before the stores": (TEAM, "op_block(op);\n        __syncthreads();", "op_block(op);"),
-    "no barrier after the copies": (STAGING, "wait_prior(0);\n    __syncthreads();", "wait_prior(0);"),
-    "no wait for the copies": (STAGING, "    __pipeline_wait_prior(0);\n", ""),
+    "no barrier in the sweep": ("group", ROWS, "sync();\n        const S root", "const S root"),
+    "no barrier before the stores": ("group", TEAM, "op_block(op);\n        __syncthreads();", "op_block(op);"),
+    "no barrier after the copies": ("group", STAGING, "wait_prior(0);\n    __syncthreads();", "wait_prior(0);"),
+    "no wait for the copies": ("group", STAGING, "    __pipeline_wait_prior(0);\n", ""),
     "no wait for the right-hand side": (
+        "group",
         TEAM,
         "fetch(0, rhs);\n            await_copies",
         "fetch(0, rhs); __syncthreads",
     ),
     "index of a global store": (
+        "group",
         STAGING,
         "reinterpret_cast<uint4*>(to + e) =",
         "reinterpret_cast<uint4*>(to + e + 4) =",
     ),
-    "index of a shared store": (TEAM, "shown[row_of(a)] = entries_", "shown[row_of(a) + 1] = entries_"),
-    "index past shared memory": (TEAM, "(vectors(3)) + team_;", "(vectors(3)) + team_ + 1;"),
+    "index of a shared store": ("group", ROWS, "shown[row_of(a)] = entries_", "shown[row_of(a) + 1] = entries_"),
+    "index past shared memory": ("group", TEAM, "(vectors(3)) + team_;", "(vectors(3)) + team_ + 1;"),
+    "no barrier before the tile": ("block", PANELS, "sync();\n        Tile tile", "Tile tile"),
+    "no barrier after the rows": ("block", PANELS, "(b + 1) * PC);\n        sync();", "(b + 1) * PC);"),
+    "no barrier after the update": ("block", PANELS, "update(b);\n        sync();", "update(b);"),
+    "no barrier before the sum": ("block", PANELS, "sync();\n        if (r_ == 0) left", "if (r_ == 0) left"),
+    "no barrier after the sum": ("block", PANELS, "sync();\n        S x[PC]", "S x[PC]"),
+    "index into the tile": ("block", PANELS, "rest - tile_column(b, k)[i] *", "rest - tile_column(b, i)[k] *"),
 }
 
 
@@ -78,19 +92,19 @@ def builds(tmp_path_factory):
             ]
         return unchanged[flavour]
 
-    def build(flavour, mutation=None):
+    def build(flavour, mapping, mutation=None):
         objects = unchanged_objects(flavour)
-        tree = folder / f"{flavour} {mutation}"
+        tree = folder / f"{flavour} {mapping} {mutation}"
         shutil.copytree(ROOT / "csrc", tree / "csrc")
         if mutation:
-            name, old, new = MUTATIONS[mutation]
+            _, name, old, new = MUTATIONS[mutation]
             text = (tree / "csrc" / name).read_text()
             assert text.count(old) == 1, f"{name} no longer has exactly one {old!r}: adapt the mutation"
             (tree / "csrc" / name).write_text(text.replace(old, new))
         kernel = compile(
             flavour, "csrc/emulator/team_kernels.cpp", tree, tree / "kernel.o", *FLAGS[flavour],
-            f"-I{tree}/csrc/emulator", "-DMBF_GPU=emulated", "-DMBF_SCALAR=float", "-DMBF_ENTRY=group_float",
-            "-DMBF_FOR_EACH_TEAM(X)=X(24, 4, 1, 8)",
+            f"-I{tree}/csrc/emulator", "-DMBF_GPU=emulated", "-DMBF_SCALAR=float", f"-DMBF_ENTRY={mapping}_float",
+            f"-DMBF_FOR_EACH_TEAM(X)={KERNELS[mapping][0]}",
         )  # fmt: skip
         # The driver knows kernels that are not there; these cases do not call them.
         lenient = ["-no-pie", "-Wl,--unresolved-symbols=ignore-all"]
@@ -101,16 +115,24 @@ def builds(tmp_path_factory):
     return build
 
 
+@pytest.mark.parametrize("mapping", KERNELS)
 @pytest.mark.parametrize("flavour", FLAGS)
-def test_the_kernel_as_it_is(builds, flavour):
-    done = run(builds(flavour), *CASES)
-    assert done.returncode == 0 and "60 cases, 0 failures" in done.stdout, done.stdout + done.stderr
+def test_the_kernel_as_it_is(builds, flavour, mapping):
+    done = run(builds(flavour, mapping), *KERNELS[mapping][1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^[1-9]\d+ cases, 0 failures", done.stdout, re.M), done.stdout
 
 
 @pytest.mark.parametrize("flavour, mutation, report", [
     ("thread", "no barrier in the sweep", "ThreadSanitizer: data race"),
     ("thread", "no barrier before the stores", "ThreadSanitizer: data race"),
     ("thread", "no barrier after the copies", "ThreadSanitizer: data race"),
+    ("thread", "no barrier before the tile", "ThreadSanitizer: data race"),
+    ("thread", "no barrier after the rows", "ThreadSanitizer: data race"),
+    ("thread", "no barrier after the update", "ThreadSanitizer: data race"),
+    ("thread", "no barrier before the sum", "ThreadSanitizer: data race"),
+    ("thread", "no barrier after the sum", "ThreadSanitizer: data race"),
+    ("plain", "index into the tile", "FAILED"),
     ("plain", "no barrier in the sweep", "FAILED"),
     ("plain", "no barrier before the stores", "FAILED"),
     ("plain", "no barrier after the copies", "FAILED"),
@@ -122,5 +144,6 @@ def test_the_kernel_as_it_is(builds, flavour):
     ("address", "index past shared memory", "AddressSanitizer: use-after-poison"),
 ])  # fmt: skip
 def test_a_mutation_is_caught(builds, flavour, mutation, report):
-    done = run(builds(flavour, mutation), *CASES)
+    mapping = MUTATIONS[mutation][0]
+    done = run(builds(flavour, mapping, mutation), *KERNELS[mapping][1])
     assert done.returncode != 0 and report in done.stderr, done.stdout + done.stderr

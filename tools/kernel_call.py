@@ -80,11 +80,15 @@ class Kernel:
             return tiles * TILE, tiles * TILE, tiles * tile
         rows, columns, teams = map(int, re.search(r"(\d+)x(\d+)x(\d+)", self.name).groups())
 
-        def team_pitch(length: int) -> int:
-            return length if teams == 1 else length + (rows - length) % 32
+        def spread(length: int) -> int:
+            return length + (rows - length) % 32
 
-        padded = (triangle + 3) // 4 * 4
-        scalars = 2 * team_pitch(self.size + 4) + 2 * self.size + team_pitch(padded) + 3 * pitch
+        triangle = spread((triangle + 3) // 4 * 4) if teams > 1 else (triangle + 3) // 4 * 4
+        if columns == 1:
+            exchange = 2 * spread(self.size + 4) + 2 * self.size
+        else:
+            exchange = columns * spread(self.size) + 3 * self.size + 2 * columns**2
+        scalars = exchange + triangle + 3 * pitch
         return teams, teams * rows * columns, teams * (4 * scalars + 4)
 
 

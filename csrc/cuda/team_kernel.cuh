@@ -1,47 +1,50 @@
-// A team of PR x PC lanes per block: a group of lanes within a warp, or a whole thread block.
-//
-// The lanes form a grid; lane (r, c) owns the entries (i, j) with i = r mod PR and j = c mod PC, in registers: entry
-// [a][b] is (a PR + r, b PC + c). The triangle is factored column by column: whoever owns a column shows it to the team
-// in shared memory, and everybody updates what he owns. A right-hand side rides along as one more row, so the forward
-// substitution is done with the last column. Blocks are padded to N with zeros.
-//
-// With PC = 1 a lane owns whole rows: a column's number is then known to the compiler, the lane's own part of it is in
-// registers, and the rest is read four scalars at a time.
+// The ops with a team of lanes per block (team.cuh).
 #pragma once
 
-#include "staging.cuh"
+#include <type_traits>
+
+#include "panel_team.cuh"
+#include "row_team.cuh"
 #include "table.h"
 
 namespace mbf {
 namespace {
 
 template <class S, int N, int PR, int PC, int kTeams>
-class TeamKernel {
-    static constexpr int kLanes = PR * PC;
-    static constexpr int kRows = N / PR, kCols = N / PC;  // row and column slots of a lane
-    static constexpr int kFold = PR / PC;                 // column slots per row slot
-    static_assert(N % PR == 0 && PR % PC == 0 && (kLanes < 32 ? 32 % kLanes : kLanes % 32) == 0);
-    static_assert(kLanes <= 32 || kTeams == 1);
+using TeamOf = std::conditional_t<PC == 1, RowTeam<S, N, PR, kTeams>, PanelTeam<S, N, PR, PC, kTeams>>;
+
+template <class S, int N, int PR, int PC, int kTeams>
+class TeamKernel : TeamOf<S, N, PR, PC, kTeams> {
+    using Base = TeamOf<S, N, PR, PC, kTeams>;
+    using Base::c_;
+    using Base::entries_;
+    using Base::exchange;
+    using Base::kCols;
+    using Base::kFold;
+    using Base::kLanes;
+    using Base::kRows;
+    using Base::lane_;
+    using Base::n_;
+    using Base::r_;
+    using Base::rhs_;
+    using Base::row_of;
+    using Base::substitute_back;
+    using Base::sync;
+    using Base::team_;
+    using Base::x_;
 
     // Scalars from one team's to the next one's in shared memory, for `length` and at least that. Row r of a triangle
-    // starts r (r + 1) / 2 scalars in, which for the rows of a power of two in sequence are all different modulo it:
-    // lanes of one column, in all teams of a warp, are on banks of their own when a team's pitch is PR modulo them.
+    // starts r (r + 1) / 2 scalars in, which for the rows of a power of two in sequence are all different modulo it.
     static MBF_HOST_DEVICE constexpr int team_pitch(int length) {
-        constexpr int kBanks = 128 / sizeof(S);
-        return kTeams == 1 ? length : length + (PR % kBanks + kBanks - length % kBanks) % kBanks;
+        return kTeams == 1 ? length : Base::spread_pitch(length);
     }
-
-    // Of a team, in shared memory: two columns in turn, each with its entry of the right-hand side; what each pivot
-    // leaves for the backward substitution, an entry of L^-1 rhs and the pivot's inverse.
-    static constexpr int kColumn = team_pitch(N + 4);
-    static constexpr int kSolved = 2 * N;
     static constexpr int kMaxTriangle = padded_triangle_size(N);
 
 public:
     static constexpr int kBlocks = kTeams;  // of a thread block
     static constexpr int kThreads = kTeams * kLanes;
     static MBF_HOST_DEVICE constexpr size_t shared_bytes(int n) {
-        const int scalars = 2 * kColumn + kSolved + triangle_pitch(n) + 3 * vector_pitch(n);
+        const int scalars = Base::kExchange + triangle_pitch(n) + 3 * vector_pitch(n);
         return kTeams * (scalars * sizeof(S) + sizeof(int));
     }
     // As many at once as fit in the shared memory of compute capability 9.0 and leave each thread the registers for its
@@ -53,14 +56,7 @@ public:
     static constexpr int kMinBlocks = kByRegisters < 1 ? 1 : kByRegisters < kFitting ? kByRegisters : kFitting;
 
     MBF_FN TeamKernel(const Problem& problem, const Parameters& parameters, int n, int unit)
-        : problem_(problem),
-          q_(parameters),
-          n_(n),
-          unit_(unit),
-          team_(threadIdx.x / kLanes),
-          lane_(threadIdx.x % kLanes),
-          r_(lane_ % PR),
-          c_(lane_ / PR) {}
+        : Base(n), problem_(problem), q_(parameters), unit_(unit) {}
 
     // One path through the ops, so that what they share is compiled once. Teams beyond the last block work on whatever
     // lies in shared memory, and store nothing: all lanes of a warp meet at its barriers.
@@ -114,7 +110,7 @@ private:
         damp(S(0));
         MBF_UNROLL
         for (int a = 0; a < kRows; ++a) rhs_[a] = op == Op::kFused && row_of(a) < n_ ? vector(1)[row_of(a)] : S(0);
-        flag_pivot(sweep<true>());
+        flag_pivot(Base::template sweep<true>());
         if (op == Op::kFused) {
             substitute_back();
             flag_solution();
@@ -138,7 +134,7 @@ private:
             await_copies();
             MBF_UNROLL
             for (int a = 0; a < kRows; ++a) rhs_[a] = row_of(a) < n_ ? vector(0)[row_of(a)] : S(0);
-            const int bad = sweep<false>();
+            const int bad = Base::template sweep<false>();
             substitute_back();
             give_solution(vector(0), bad != 0);
             __syncthreads();
@@ -170,10 +166,10 @@ private:
         const S adam = q_.graft ? adam_length(rates) : S(0);  // here, where registers are free
         if (q_.refactor) {
             damp(S(1));
-            flag_pivot(sweep<true>());
+            flag_pivot(Base::template sweep<true>());
         } else {
             take_stored();  // F keeps its place
-            flag_pivot(sweep<false>());
+            flag_pivot(Base::template sweep<false>());
         }
         substitute_back();
         flag_solution();
@@ -268,110 +264,6 @@ private:
         for_each_diagonal_entry([&](S& entry, int) { entry = entry + lambda; });
     }
 
-    // Goes through the columns. kFactor: entries become those of L with L L^T = A; otherwise they are L already.
-    // rhs_ becomes L^-1 rhs. Returns the first bad pivot.
-    template <bool kFactor>
-    MBF_FN int sweep() {
-        S info = 0;
-        sync();  // what the columns' place was used for before
-        MBF_UNROLL
-        for (int b = 0; b < kCols; ++b) {
-            if (b * PC >= n_) break;
-            for_each_owner([&](int owner) {
-                if (b * PC + owner < n_) sweep_column<kFactor>(b, owner, info);
-            });
-        }
-        return static_cast<int>(info);
-    }
-
-    // Inner loops have the same trip count for every column, without which not every compiler unrolls them.
-    template <bool kFactor>
-    MBF_FN void sweep_column(int b, int owner, S& info) {
-        const int j = b * PC + owner, a0 = b / kFold;  // the column, and the row slot of its pivot
-        S* shown = column(j);
-        if (c_ == owner) {
-            MBF_UNROLL
-            for (int a = 0; a < kRows; ++a)
-                if (a >= a0) shown[row_of(a)] = entries_[a][b];
-            if (r_ == j % PR) shown[N] = rhs_[a0];
-        }
-        sync();
-        const S root = kFactor ? square_root(shown[j]) : shown[j];
-        const S inverse = 1 / root;
-        const S one = root * inverse;
-        info = flag(info, one == one, j + 1);
-
-        S scaled[kRows];  // the column of L over its pivot in this lane's rows below it
-        MBF_UNROLL
-        for (int a = 0; a < kRows; ++a) {
-            if (a < a0) continue;
-            const S shown_a = PC == 1 ? entries_[a][b] : shown[row_of(a)];
-            const S l = kFactor ? shown_a * inverse : shown_a;
-            scaled[a] = l * inverse;
-            if (kFactor && c_ == owner) entries_[a][b] = a == a0 && r_ == j % PR ? root : l;
-        }
-        if (r_ <= j % PR) scaled[a0] = 0;
-        const S s = shown[N];
-        if (lane_ == 0) {
-            solved()[2 * j] = s * inverse;
-            solved()[2 * j + 1] = inverse;
-        }
-        MBF_UNROLL
-        for (int a = 0; a < kRows; ++a)
-            if (a >= a0) rhs_[a] = rhs_[a] - scaled[a] * s;
-        MBF_UNROLL
-        for (int b2 = 0; b2 < kCols; ++b2) {
-            if (!kFactor || b2 < b + (PC == 1)) continue;
-            S across = shown[b2 * PC + c_];
-            if (b2 == b && c_ <= owner) across = 0;  // columns that are done
-            MBF_UNROLL
-            for (int a = 0; a < kRows; ++a)
-                if (a >= b2 / kFold) entries_[a][b2] = entries_[a][b2] - scaled[a] * across;
-        }
-    }
-
-    // x_ <- L^-T y, from the last row to the first. Each lane sums what its own rows contribute to a column. Of entries
-    // above the diagonal nothing is seen: they meet elements of x that are still zero.
-    MBF_FN void substitute_back() {
-        MBF_UNROLL
-        for (int a = 0; a < kRows; ++a) x_[a] = 0;
-        sync();
-        MBF_UNROLL
-        for (int b = kCols - 1; b >= 0; --b) {
-            for_each_owner([&](int k) {
-                const int owner = PC - 1 - k;
-                if (b * PC + owner < n_) substitute_column(b, owner);
-            });
-        }
-    }
-
-    MBF_FN void substitute_column(int b, int owner) {
-        const int j = b * PC + owner, a0 = b / kFold;
-        S mine = 0;
-        MBF_UNROLL
-        for (int a = kRows - 1; a >= 0; --a)
-            if (a >= a0) mine = mine + entries_[a][b] * x_[a];
-        S* partial = column(j);
-        if (c_ == owner) partial[r_] = mine;
-        sync();
-        S sum = partial[0];
-        MBF_UNROLL
-        for (int r = 1; r < PR; ++r) sum = sum + partial[r];
-        const S x_j = (solved()[2 * j] - sum) * solved()[2 * j + 1];
-        x_[a0] = r_ == j % PR ? x_j : x_[a0];
-    }
-
-    // A loop that stays one, where it is one.
-    template <class Visit>
-    MBF_FN void for_each_owner(Visit visit) {
-        if constexpr (PC == 1) {
-            visit(0);
-        } else {
-            MBF_DO_NOT_UNROLL
-            for (int k = 0; k < PC; ++k) visit(k);
-        }
-    }
-
     // graft_scale of numerics.h with the elements shared out over the team: |u|^2 of the direction in rhs_, and then
     // |u| / |x|.
     MBF_FN S adam_length(const Rates<S>& rates) {
@@ -402,7 +294,7 @@ private:
     // Of a value per row of the lanes' grid. The same for every lane, and in the same order whatever the lane.
     template <class Combine>
     MBF_FN S reduce(S value, Combine combine) {
-        S* values = column(0);
+        S* values = exchange();
         sync();  // the last reduction has been read
         if (c_ == 0) values[r_] = value;
         sync();
@@ -448,13 +340,6 @@ private:
         }
     }
 
-    MBF_FN void sync() const {
-        if (kLanes > 32)
-            __syncthreads();
-        else
-            __syncwarp();
-    }
-
     // Ends the copies into shared memory.
     MBF_FN void begin() {
         if (lane_ == 0) *code() = kGood;
@@ -498,9 +383,10 @@ private:
     // Calls move(index in shared memory, offset in storage) for all entries of tiled blocks.
     template <class Move>
     MBF_FN void for_each_tiled_entry(Move move) const {
-        for (int e = threadIdx.x; e < kTeams * triangle_size(n_); e += kThreads) {
+        const int n = afresh(n_);
+        for (int e = threadIdx.x; e < kTeams * triangle_size(n); e += kThreads) {
             const int t = e / kTeams, i = e % kTeams;
-            if (i < active()) move(i * triangle_pitch(n_) + t, block_offset(n_, first() + i) + t * entry_stride(n_));
+            if (i < active()) move(i * triangle_pitch(n) + t, block_offset(n, first() + i) + t * entry_stride(n));
         }
     }
 
@@ -508,7 +394,6 @@ private:
         Staged::fetch_vectors(vectors(which), view, n_, first(), active());
     }
 
-    MBF_FN int row_of(int a) const { return a * PR + r_; }
     MBF_FN S* fisher() const { return static_cast<S*>(problem_.fisher); }
     MBF_FN S* stored() const { return static_cast<S*>(problem_.factor); }
     // The first block, and how many of this thread block's teams have one. Cheaper to compute than to keep.
@@ -521,9 +406,7 @@ private:
     static MBF_HOST_DEVICE constexpr int triangle_pitch(int n) { return team_pitch(padded_triangle_size(n)); }
 
     // Shared memory: what the lanes of a team exchange, triangles, three sets of vectors, a code per team.
-    MBF_FN S* column(int j) const { return reinterpret_cast<S*>(shared_memory) + ((j & 1) * kTeams + team_) * kColumn; }
-    MBF_FN S* solved() const { return reinterpret_cast<S*>(shared_memory) + 2 * kTeams * kColumn + team_ * kSolved; }
-    MBF_FN S* triangles() const { return reinterpret_cast<S*>(shared_memory) + kTeams * (2 * kColumn + kSolved); }
+    MBF_FN S* triangles() const { return reinterpret_cast<S*>(shared_memory) + kTeams * Base::kExchange; }
     MBF_FN S* triangle() const { return triangles() + team_ * triangle_pitch(n_); }
     MBF_FN S* vectors(int which) const {
         return triangles() + kTeams * (triangle_pitch(n_) + which * vector_pitch(n_));
@@ -533,11 +416,7 @@ private:
 
     const Problem& problem_;
     const Parameters& q_;
-    const int n_;
     const int unit_;
-    const int team_, lane_, r_, c_;
-    S entries_[kRows][kCols];
-    S rhs_[kRows], x_[kRows];
 };
 
 }  // namespace
