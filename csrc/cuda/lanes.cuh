@@ -30,12 +30,6 @@ MBF_FN double square_root(double x) {
     return sqrt(x);
 }
 
-// x, computed from which nothing is kept in registers from earlier on.
-MBF_FN int afresh(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-
 template <class S>
 MBF_FN S select(bool mask, S yes, S no) {
     return mask ? yes : no;

@@ -363,19 +363,20 @@ private:
     }
 
     MBF_FN void store_triangles(S* storage, Which which) const {
+        const int n = n_again();
         const int* codes = code() - team_;
-        if (is_tiled(n_)) {
+        if (is_tiled(n)) {
             for_each_tiled_entry([&](int at, int64_t offset) {
-                if (which == kGoodAndBad || codes[at / triangle_pitch(n_)] >= kGood) storage[offset] = triangles()[at];
+                if (which == kGoodAndBad || codes[at / triangle_pitch(n)] >= kGood) storage[offset] = triangles()[at];
             });
         } else {
-            S* to = storage + block_offset(n_, first());
+            S* to = storage + block_offset(n, first());
             MBF_UNROLL
             for (int i = 0; i < kTeams; ++i) {
                 const bool stored = i < active() && (which == kGoodAndBad || codes[i] >= kGood);
-                const int count = stored ? padded_triangle_size(n_) : 0;
-                Staged::template store_contiguous<kMaxTriangle>(to, triangles() + i * triangle_pitch(n_), count);
-                to += padded_triangle_size(n_);
+                const int count = stored ? padded_triangle_size(n) : 0;
+                Staged::template store_contiguous<kMaxTriangle>(to, triangles() + i * triangle_pitch(n), count);
+                to += padded_triangle_size(n);
             }
         }
     }
@@ -383,7 +384,7 @@ private:
     // Calls move(index in shared memory, offset in storage) for all entries of tiled blocks.
     template <class Move>
     MBF_FN void for_each_tiled_entry(Move move) const {
-        const int n = afresh(n_);
+        const int n = n_again();
         for (int e = threadIdx.x; e < kTeams * triangle_size(n); e += kThreads) {
             const int t = e / kTeams, i = e % kTeams;
             if (i < active()) move(i * triangle_pitch(n) + t, block_offset(n, first() + i) + t * entry_stride(n));
@@ -393,6 +394,9 @@ private:
     MBF_FN void fetch(int which, const BlockView& view) const {
         Staged::fetch_vectors(vectors(which), view, n_, first(), active());
     }
+
+    // n_, of which the compiler does not know it: what it has computed of n_ would stay in registers until here.
+    MBF_FN int n_again() const { return n_ < 1 ? 1 : n_; }
 
     MBF_FN S* fisher() const { return static_cast<S*>(problem_.fisher); }
     MBF_FN S* stored() const { return static_cast<S*>(problem_.factor); }
