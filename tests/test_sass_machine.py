@@ -245,3 +245,5 @@ def test_occupancy():
 def test_shared_memory_and_threads_of_a_thread_block():
     assert Kernel("op thread float n=9").geometry(9) == (128, 128, 4 * (45 + 36) * 128)
     assert Kernel("step group float N=32 4x1x8").geometry(32) == (8, 32, 8 * (4 * (2 * 36 + 64 + 548 + 99) + 4))
+    panels = 4 * 104 + 3 * 96 + 2 * 16
+    assert Kernel("op block float N=96 8x4x1").geometry(65) == (1, 32, 4 * (panels + 2148 + 3 * 65) + 4)

@@ -23,7 +23,7 @@ from cuda_objects import ARCHITECTURES, Object, Problem, readable
 
 PINNED = Path(__file__).with_suffix(".json")
 COLUMNS = ["registers", "spill bytes", "stack bytes", "static shared bytes", "instructions"]
-RESERVED_SHARED_BYTES = 1024
+RESERVED_SHARED_BYTES = 1024  # by the system, of every thread block
 MUST_BE_ZERO = ("spill bytes", "stack bytes")
 
 PROPERTIES = re.compile(

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 
 import cuda_objects
 import sass
-from cuda_gate import resources
+from cuda_gate import RESERVED_SHARED_BYTES, resources
 from cuda_objects import ROOT, Problem, readable
 from kernel_call import Kernel, call
 from sass import Instruction
@@ -32,7 +32,6 @@ PAGE = ROOT / "docs" / "predictions.md"
 MULTIPROCESSORS, CLOCK = 132, 1.755e9
 COPY_BANDWIDTH = 4.3e12  # bytes per second, read and written, as measured
 REGISTERS, SHARED_BYTES, WARPS, THREAD_BLOCKS = 65536, 233472, 64, 32  # of a multiprocessor
-RESERVED_SHARED_BYTES = 1024  # of every thread block
 BYTES_PER_CLOCK = COPY_BANDWIDTH / MULTIPROCESSORS / CLOCK
 # Warp instructions per clock of a multiprocessor.
 ISSUE, INTEGER, FLOAT, MULTIPLY, SPECIAL = 4, 2, 4, 2, 0.5

@@ -395,7 +395,7 @@ private:
         Staged::fetch_vectors(vectors(which), view, n_, first(), active());
     }
 
-    // n_, of which the compiler does not know it: what it has computed of n_ would stay in registers until here.
+    // Always n_, which the compiler cannot tell: it would keep what it computed from n_ in registers until here.
     MBF_FN int n_again() const { return n_ < 1 ? 1 : n_; }
 
     MBF_FN S* fisher() const { return static_cast<S*>(problem_.fisher); }

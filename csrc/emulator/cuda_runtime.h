@@ -39,8 +39,8 @@ static constexpr EmulatedIndex<emulator::block_threads> blockDim{};
 inline void __syncthreads() {
     emulator::wait_for_block();
 }
-inline void __syncwarp(unsigned mask = 0xffffffffu) {
-    emulator::wait_for_warp(mask);
+inline void __syncwarp() {
+    emulator::wait_for_warp();
 }
 
 struct __attribute__((aligned(16), may_alias)) uint4 {

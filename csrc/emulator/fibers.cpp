@@ -144,7 +144,6 @@ public:
         index = thread;
         copies.clear();
         state = State::kReady;
-        mask = 0;
         block_arrivals = warp_arrivals = 0;
         bottom_ = stack_.data();
         size_ = stack_.size();
@@ -159,8 +158,7 @@ public:
     int index;
     std::vector<Copy> copies;  // started, not finished
     State state;
-    unsigned mask;                      // of the warp barrier it waits at
-    int block_arrivals, warp_arrivals;  // barriers reached so far, either kind for itself: groups differ in the other
+    int block_arrivals, warp_arrivals;  // barriers reached so far, either kind for itself: warps differ in the other
 
 private:
     MBF_JUMPS static void main();  // never returns: no redzones of its own to leave behind
@@ -174,9 +172,9 @@ int current_block, threads_per_block;
 const std::function<void()>* body = nullptr;
 unsigned schedule = 0;
 std::mt19937 shuffler;
-char block_started, block_ended;  // tokens
-char barriers[2];                 // of a barrier and the next one, for blocks
-char warp_barriers[2 * 1024];     // likewise, for each thread's group in a warp
+char block_started, block_ended;       // tokens
+char barriers[2];                      // of a barrier and the next one, for blocks
+char warp_barriers[2 * 1024 / kWarp];  // likewise, for each warp
 
 void Fiber::main() {
     scheduler.learn_stack();
@@ -188,11 +186,10 @@ void Fiber::main() {
 }
 
 // Hands over until everybody is at the barrier.
-void wait(State barrier, unsigned mask, char* tokens, int& arrivals) {
+void wait(State barrier, char* tokens, int& arrivals) {
     Fiber& self = *running;
     char* token = tokens + arrivals++ % 2;
     self.state = barrier;
-    self.mask = mask;
     signal(token);
     Context::swap(self, scheduler);
     await(token);
@@ -219,9 +216,7 @@ bool release() {
             together = true;
             const int first = i / kWarp * kWarp;
             for (int j = first; j < std::min(first + kWarp, count); ++j)
-                if (fiber.mask >> (j - first) & 1)
-                    together &= fibers[j]->state == State::kDone || fibers[j]->state == State::kReady ||
-                                (fibers[j]->state == State::kAtWarpBarrier && fibers[j]->mask == fiber.mask);
+                together &= waits(j, State::kAtWarpBarrier) || fibers[j]->state == State::kReady;
         }
         if (!together) continue;
         fiber.state = State::kReady;
@@ -279,12 +274,11 @@ void finish_copies() {
 }
 
 void wait_for_block() {
-    wait(State::kAtBlockBarrier, 0, barriers, running->block_arrivals);
+    wait(State::kAtBlockBarrier, barriers, running->block_arrivals);
 }
 
-void wait_for_warp(unsigned mask) {
-    const int first = running->index / kWarp * kWarp + __builtin_ctz(mask);
-    wait(State::kAtWarpBarrier, mask, warp_barriers + 2 * first, running->warp_arrivals);
+void wait_for_warp() {
+    wait(State::kAtWarpBarrier, warp_barriers + 2 * (running->index / kWarp), running->warp_arrivals);
 }
 
 void set_schedule(unsigned seed) {

@@ -22,9 +22,9 @@ int block_threads();
 void start_copy(void* to, const void* from, size_t bytes);
 void finish_copies();
 
-// All threads of the block, or those of the warp that the mask names, have come here.
+// All threads of the block, or those of the warp, have come here.
 void wait_for_block();
-void wait_for_warp(unsigned mask);
+void wait_for_warp();
 
 // Runs `body` for every thread of every block. One grid at a time. Aborts where a barrier is not reached by all whom it
 // waits for.
