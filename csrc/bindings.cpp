@@ -15,6 +15,13 @@
 
 namespace py = pybind11;
 
+using Problems = std::vector<mbf::Problem>;
+using SharedProblems = std::vector<mbf::SharedProblem>;
+using DiagonalProblems = std::vector<mbf::DiagonalProblem>;
+PYBIND11_MAKE_OPAQUE(Problems)
+PYBIND11_MAKE_OPAQUE(SharedProblems)
+PYBIND11_MAKE_OPAQUE(DiagonalProblems)
+
 namespace {
 
 template <class T>
@@ -56,6 +63,75 @@ mbf::Problem problem(int64_t count, int64_t fisher, int64_t factor, int64_t info
             block_view(out)};
 }
 
+// ((address, matrix stride, sample inner count, outer, inner, element inner count, outer, inner), (address and stride of
+// the bias that joins, or zeros)); None: the step has no such tensor.
+using SharedView =
+    std::optional<std::pair<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>,
+                            std::pair<int64_t, int64_t>>>;
+
+mbf::SharedView shared_view(const SharedView& view) {
+    if (!view) return {};
+    const auto& [base, matrix, sample_count, sample_outer, sample_inner, element_count, element_outer, element_inner] =
+        view->first;
+    return {pointer<void>(base),
+            matrix,
+            {sample_count, sample_outer, sample_inner},
+            {element_count, element_outer, element_inner},
+            pointer<void>(view->second.first),
+            view->second.second};
+}
+
+mbf::SharedProblem shared_problem(int64_t count, int64_t samples, int64_t fisher, int64_t factor, int64_t info,
+                                  int64_t skipped, double momentum_weight, double square_weight, const SharedView& grad,
+                                  const SharedView& momentum, const SharedView& square, const SharedView& param) {
+    return {count,
+            samples,
+            pointer<void>(fisher),
+            pointer<void>(factor),
+            pointer<int32_t>(info),
+            pointer<int64_t>(skipped),
+            momentum_weight,
+            square_weight,
+            shared_view(grad),
+            shared_view(momentum),
+            shared_view(square),
+            shared_view(param)};
+}
+
+mbf::DiagonalProblem diagonal_problem(int64_t count, double momentum_weight, double square_weight, int64_t grad,
+                                      int64_t momentum, int64_t square, int64_t param) {
+    return {count,
+            momentum_weight,
+            square_weight,
+            pointer<void>(grad),
+            pointer<void>(momentum),
+            pointer<void>(square),
+            pointer<void>(param)};
+}
+
+using Addresses = std::vector<int64_t>;
+
+// A launch is kept for the next step, whose gradients lie elsewhere and whose weights are others.
+template <class Problem>
+py::class_<std::vector<Problem>> bind_launch(py::module_& m, const char* name) {
+    py::class_<std::vector<Problem>> launch(m, name);
+    launch.def(py::init([](const py::iterable& problems) {
+        std::vector<Problem> list;
+        for (py::handle problem : problems) list.push_back(problem.cast<Problem>());
+        return list;
+    }));
+    launch.def("__len__", &std::vector<Problem>::size);
+    return launch;
+}
+
+template <class Problem>
+void set_moment_weights(std::vector<Problem>& problems, double momentum_weight, double square_weight) {
+    for (Problem& problem : problems) {
+        problem.momentum_weight = momentum_weight;
+        problem.square_weight = square_weight;
+    }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -90,6 +166,57 @@ PYBIND11_MODULE(_C, m) {
              py::arg("graft") = false, py::arg("nesterov") = false, py::arg("maximize") = false,
              py::arg("update") = true, py::arg("refactor") = true, py::arg("rhs_count") = 1);
 
+    py::class_<mbf::SharedProblem>(m, "SharedProblem")
+        .def(py::init(&shared_problem), py::kw_only(), py::arg("count"), py::arg("samples"), py::arg("fisher"),
+             py::arg("factor") = 0, py::arg("info") = 0, py::arg("skipped") = 0, py::arg("momentum_weight") = 1.0,
+             py::arg("square_weight") = 1.0, py::arg("grad"), py::arg("momentum"), py::arg("square") = py::none(),
+             py::arg("param"));
+    py::class_<mbf::DiagonalProblem>(m, "DiagonalProblem")
+        .def(py::init(&diagonal_problem), py::kw_only(), py::arg("count"), py::arg("momentum_weight"),
+             py::arg("square_weight"), py::arg("grad"), py::arg("momentum"), py::arg("square"), py::arg("param"));
+
+    bind_launch<mbf::Problem>(m, "Problems")
+        .def("set_gradients",
+             [](Problems& problems, const Addresses& addresses) {
+                 for (size_t i = 0; i < problems.size(); ++i) problems[i].grad.base = pointer<void>(addresses.at(i));
+             })
+        .def("set_weights", [](Problems& problems, const Number& momentum_weight, const Number& fisher_weight) {
+            for (mbf::Problem& problem : problems) {
+                problem.momentum_weight = scalar(momentum_weight);
+                problem.fisher_weight = scalar(fisher_weight);
+            }
+        });
+    bind_launch<mbf::SharedProblem>(m, "SharedProblems")
+        .def("set_gradients",
+             [](SharedProblems& problems, const Addresses& addresses) {
+                 size_t next = 0;  // one address, or two where a bias joins
+                 for (mbf::SharedProblem& problem : problems) {
+                     problem.grad.base = pointer<void>(addresses.at(next++));
+                     if (problem.grad.last) problem.grad.last = pointer<void>(addresses.at(next++));
+                 }
+             })
+        .def("set_weights", &set_moment_weights<mbf::SharedProblem>);
+    bind_launch<mbf::DiagonalProblem>(m, "DiagonalProblems")
+        .def("set_gradients",
+             [](DiagonalProblems& problems, const Addresses& addresses) {
+                 for (size_t i = 0; i < problems.size(); ++i) problems[i].grad = pointer<void>(addresses.at(i));
+             })
+        .def("set_weights", &set_moment_weights<mbf::DiagonalProblem>);
+
+    m.def(
+        "cpu_launch_shared",
+        [](mbf::DType dtype, int size, const SharedProblems& problems, const mbf::Parameters& parameters,
+           double square_decay, int threads) {
+            mbf::cpu::launch_shared(dtype, size, problems, {parameters, square_decay}, threads);
+        },
+        py::arg("dtype"), py::arg("size"), py::arg("problems"), py::arg("parameters"), py::arg("square_decay"),
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "cpu_launch_diagonal",
+        [](mbf::DType dtype, const DiagonalProblems& problems, const mbf::Parameters& parameters, double square_decay,
+           int threads) { mbf::cpu::launch_diagonal(dtype, problems, {parameters, square_decay}, threads); },
+        py::arg("dtype"), py::arg("problems"), py::arg("parameters"), py::arg("square_decay"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
     m.def("cpu_launch", &mbf::cpu::launch, py::arg("op"), py::arg("dtype"), py::arg("size"), py::arg("problems"),
           py::arg("parameters"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
     m.def("cpu_isas", &mbf::cpu::supported_isas);

@@ -43,7 +43,7 @@ struct Problem {
     int64_t count;                          // B
     void* fisher;                           // F, in the storage of layout.h
     void* factor;                           // L, likewise
-    int32_t* info;                          // [B], LAPACK meaning
+    int32_t* info;                          // [B], LAPACK meaning; null where the CPU shall not tell
     int64_t* skipped;                       // incremented by the number of bad blocks
     Scalar momentum_weight, fisher_weight;  // 1 - mu^t and 1 - beta^t: divided by, they undo the zero start
     BlockView grad;                         // g
@@ -60,6 +60,42 @@ struct Parameters {
     bool update;                     // F <- decay F + (1-decay) g g^T before a step uses it
     bool refactor;                   // a step factors F; otherwise `factor` holds L
     int64_t rhs_count;               // solve: right-hand sides per block, contiguous
+};
+
+// Mini-blocks that share averaged matrices: element k of sample s of matrix r lies at
+// base + r * matrix + offset(sample, s) + offset(element, k). Where `last` is given there is one matrix, and its last
+// element lies at last + s * last_sample instead: the bias that joins a weight.
+struct SharedView {
+    void* base;
+    int64_t matrix;
+    Strides sample, element;
+    void* last;
+    int64_t last_sample;
+};
+
+// One tensor of them.
+struct SharedProblem {
+    int64_t count, samples;                 // R matrices, S mini-blocks each
+    void* fisher;                           // F, [R] in the storage of layout.h
+    void* factor;                           // L, likewise, or null
+    int32_t* info;                          // [R], LAPACK meaning, or null
+    int64_t* skipped;                       // incremented by the number of bad mini-blocks, or null
+    double momentum_weight, square_weight;  // 1 - mu^t and 1 - beta_2^t
+    SharedView grad, momentum, square, param;
+};
+
+// One tensor without blocks: `count` elements next to each other.
+struct DiagonalProblem {
+    int64_t count;
+    double momentum_weight, square_weight;
+    const void* grad;
+    void *momentum, *square, *param;
+};
+
+// What all tensors of a launch share that keeps element-wise second moments.
+struct MomentParameters {
+    Parameters step;
+    double square_decay;  // beta_2
 };
 
 }  // namespace mbf

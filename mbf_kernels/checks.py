@@ -83,9 +83,9 @@ def decay(op: str, value: float) -> None:
         raise ValueError(f"{op}: expected decay in [0, 1], got {value}")
 
 
-def momentum(op: str, value: float) -> None:
+def momentum(op: str, value: float, name: str = "momentum") -> None:
     if not 0 <= value < 1:
-        raise ValueError(f"{op}: expected momentum in [0, 1), got {value}")
+        raise ValueError(f"{op}: expected {name} in [0, 1), got {value}")
 
 
 def non_negative(op: str, **values: float) -> None:
@@ -128,38 +128,22 @@ def weights(op: str, name: str, numbers: Sequence[float], tensors: Sequence[Tens
 def step_tensors(
     op: str,
     params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    fishers: Sequence[Tensor],
-    factors: Sequence[Tensor],
-    skipped: Sequence[Tensor],
-    counts: Sequence[int],
-    size: int,
+    skipped: Sequence[Tensor] = (),
+    **like_params: Sequence[Tensor],  # of the shapes of the params; all but grads are written
 ) -> None:
-    same_length(op, params=params, grads=grads, momenta=momenta, fishers=fishers, counts=counts)
-    for name, optional in (("factors", factors), ("skipped", skipped)):
-        if optional:
-            same_length(op, params=params, **{name: optional})
-    _alike(op, params=params, grads=grads, momenta=momenta, fishers=fishers, factors=factors)
-    for storages in (fishers, factors):
-        for data, count in zip(storages, counts, strict=bool(storages)):
-            check_storage(op, data, count, size)
-    for i, (param, count) in enumerate(zip(params, counts, strict=True)):
-        if not _divides(param, count, size):
-            raise ValueError(
-                f"{op}: expected params[{i}] to be {count} blocks whose trailing dimensions multiply to {size}, "
-                f"got shape {list(param.shape)}"
-            )
-    for name, like_weights in (("grads", grads), ("momenta", momenta)):
-        for i, (tensor, param) in enumerate(zip(like_weights, params, strict=True)):
+    """What the tensors of every step have in common."""
+    same_length(op, params=params, **like_params)
+    _alike(op, params=params, **like_params)
+    for name, tensors in like_params.items():
+        for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if tensor.shape != param.shape:
                 raise ValueError(
                     f"{op}: expected {name}[{i}] of shape {list(param.shape)}, like its weights, "
                     f"got {list(tensor.shape)}"
                 )
-    for name, written in (("params", params), ("momenta", momenta)):
+    for name, written in (like_params | {"params": params}).items():
         for i, tensor in enumerate(written):
-            if 0 in tensor.stride() and _repeats(tensor):
+            if name != "grads" and 0 in tensor.stride() and _repeats(tensor):
                 raise ValueError(f"{op}: expected {name}[{i}] without repeated elements, got an expanded tensor")
     for i, counter in enumerate(skipped):
         if (counter.dtype, counter.numel(), counter.device) != (torch.int64, 1, params[0].device):
@@ -167,6 +151,71 @@ def step_tensors(
                 f"{op}: expected skipped[{i}] to be one int64 on {params[0].device}, got {list(counter.shape)} "
                 f"of {counter.dtype} on {counter.device}"
             )
+
+
+def step_matrices(
+    op: str,
+    params: Sequence[Tensor],  # the first of every problem
+    fishers: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    skipped: Sequence[Tensor],
+    counts: Sequence[int],
+    size: int,
+) -> None:
+    """Storage of F and L for every problem of a step."""
+    for name, items in (("fishers", fishers), ("counts", counts), ("factors", factors), ("skipped", skipped)):
+        if items or name in ("fishers", "counts"):
+            same_length(op, params=params, **{name: items})
+    _alike(op, params=params, fishers=fishers, factors=factors)
+    for storages in (fishers, factors):
+        for data, count in zip(storages, counts, strict=bool(storages)):
+            check_storage(op, data, count, size)
+
+
+def blocks_of(op: str, params: Sequence[Tensor], counts: Sequence[int], size: int) -> None:
+    for i, (param, count) in enumerate(zip(params, counts, strict=True)):
+        if not _divides(param, count, size):
+            raise ValueError(
+                f"{op}: expected params[{i}] to be {count} blocks whose trailing dimensions multiply to {size}, "
+                f"got shape {list(param.shape)}"
+            )
+
+
+def shared_blocks_of(op: str, params: Sequence[Sequence[Tensor]], counts: Sequence[int], size: int) -> None:
+    """[*samples, R, *elements], the elements multiplying to n; or, with a bias [*samples], R = 1 and n - 1 elements."""
+    for i, (parts, count) in enumerate(zip(params, counts, strict=True)):
+        main, elements = parts[0], size - len(parts) + 1
+        split = matrix_dimension(main.shape, elements, count)
+        if split is None:
+            raise ValueError(
+                f"{op}: expected params[{i}] of shape [*samples, {count}, *elements], the elements multiplying to "
+                f"{elements}, got {list(main.shape)}"
+            )
+        if len(parts) == 2 and (count != 1 or parts[1].shape != main.shape[:split]):
+            raise ValueError(
+                f"{op}: expected the second of params[{i}] of shape {list(main.shape[:split])} beside one matrix, "
+                f"got {list(parts[1].shape)} beside {count}"
+            )
+
+
+def matrix_dimension(shape: Sequence[int], elements: int, count: int) -> int | None:
+    """Which dimension enumerates the matrices: of size ``count``, before one or more that multiply to ``elements``."""
+    split = _split(shape, elements)
+    if split is None:
+        return None
+    split = min(split, len(shape) - 1)
+    while split > 1 and shape[split - 1] == 1 != count:
+        split -= 1
+    return split - 1 if split > 0 and shape[split - 1] == count else None
+
+
+def _split(shape: Sequence[int], elements: int) -> int | None:
+    """How many dimensions lead those that multiply to ``elements``; None where none do."""
+    split, product = len(shape), 1
+    while split > 0 and product < elements:
+        split -= 1
+        product *= shape[split]
+    return split if product == elements else None
 
 
 def _alike(op: str, **lists: Sequence[Tensor]) -> None:
@@ -192,11 +241,7 @@ def _tensor(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
 
 def _divides(tensor: Tensor, count: int, size: int) -> bool:
     """Whether the trailing dimensions multiply to ``size``, the leading ones to ``count``."""
-    split, elements = tensor.ndim, 1
-    while split > 0 and elements < size:
-        split -= 1
-        elements *= tensor.shape[split]
-    return tensor.numel() == count * size and (not count or elements == size)
+    return tensor.numel() == count * size and (not count or _split(tensor.shape, size) is not None)
 
 
 def _repeats(tensor: Tensor) -> bool:

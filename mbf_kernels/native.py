@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import diagonal, reference, shared
 from .blocks import MAX_TILED_SIZE, TILE_BLOCKS, SymmetricBlocks, triangle_size
 from .options import StepOptions
-from .views import View
+from .views import FlatView, SharedView, View
 
 try:
     import mbf_kernels._C as _C
@@ -96,20 +96,41 @@ def cuda_mapping(name: str | None) -> Iterator[None]:
         _mapping.reset(token)
 
 
-def _launch_cpu(op: _C.Op, blocks: SymmetricBlocks, problems: list[_C.Problem], parameters: _C.Parameters) -> None:
-    _C.cpu_launch(op, _dtype(blocks.dtype), blocks.size, problems, parameters, torch.get_num_threads())
+def _launch_cpu(op: _C.Op, like: Tensor, size: int, problems: _C.Problems, parameters: _C.Parameters) -> None:
+    _C.cpu_launch(op, _dtype(like.dtype), size, problems, parameters, torch.get_num_threads())
 
 
-def _launch_cuda(op: _C.Op, blocks: SymmetricBlocks, problems: list[_C.Problem], parameters: _C.Parameters) -> None:
-    device = blocks.data.device
-    stream = torch.cuda.current_stream(device).cuda_stream
+def _launch_cuda(op: _C.Op, like: Tensor, size: int, problems: _C.Problems, parameters: _C.Parameters) -> None:
+    stream = torch.cuda.current_stream(like.device).cuda_stream
     mapping = getattr(_C.Mapping, _mapping.get())
-    _C.cuda_launch(op, _dtype(blocks.dtype), blocks.size, problems, parameters, device.index, stream, mapping)
+    _C.cuda_launch(op, _dtype(like.dtype), size, problems, parameters, like.device.index, stream, mapping)
 
 
-def _launch_emulated(op: _C.Op, blocks: SymmetricBlocks, problems: list[_C.Problem], parameters: _C.Parameters) -> None:
+def _launch_emulated(op: _C.Op, like: Tensor, size: int, problems: _C.Problems, parameters: _C.Parameters) -> None:
     mapping = getattr(_C.Mapping, _mapping.get())
-    _C.emulated_launch(op, _dtype(blocks.dtype), blocks.size, problems, parameters, 0, 0, mapping)
+    _C.emulated_launch(op, _dtype(like.dtype), size, problems, parameters, 0, 0, mapping)
+
+
+class Launch:
+    """A step's launch, kept to be repeated over the same tensors with other gradients."""
+
+    def __init__(
+        self, problems: _C.Problems | _C.SharedProblems | _C.DiagonalProblems, start: Callable[[StepOptions], None],
+        weight: Callable[[float | Tensor], float | tuple], keep: object,
+    ):  # fmt: skip
+        self._problems, self._start, self._weight = problems, start, weight
+        self._keep = keep  # memory that the problems point to
+
+    def __call__(
+        self,
+        gradients: list[int],  # addresses
+        momentum_weight: float | Tensor,
+        second_weight: float | Tensor,  # of F, or of v
+        options: StepOptions,
+    ) -> None:
+        self._problems.set_gradients(gradients)
+        self._problems.set_weights(self._weight(momentum_weight), self._weight(second_weight))
+        self._start(options)
 
 
 class Native:
@@ -170,13 +191,41 @@ class Native:
         fisher_weights: Sequence[float] | Sequence[Tensor],
         options: StepOptions,
     ) -> Tensor:
-        size = fishers[0].size
         info = _new_info(fishers[0].data, sum(fisher.count for fisher in fishers))
-        info_address = info.data_ptr()
-        problems, written = [], []
+        problems, views = self._step_problems(
+            params, grads, momenta, fishers, factors, skipped, info, momentum_weights, fisher_weights
+        )
+        self._start_step(fishers[0], problems, options)
+        for view in views:
+            view.write_back()
+        return info
+
+    def prepare_step(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        momenta: Sequence[Tensor],
+        fishers: Sequence[SymmetricBlocks],
+        factors: Sequence[SymmetricBlocks],
+        skipped: Sequence[Tensor],
+    ) -> Launch | None:
+        """``mbf_step_`` to be repeated, without info where that can be; None where a tensor needs a copy."""
+        info = None if self is CPU else _new_info(fishers[0].data, sum(fisher.count for fisher in fishers))
+        ones = [1.0] * len(params)
+        problems, views = self._step_problems(params, grads, momenta, fishers, factors, skipped, info, ones, ones)
+        if not all(view.in_place for view in views):
+            return None
+        return Launch(problems, partial(self._start_step, fishers[0], problems), self._number, info)
+
+    def _step_problems(
+        self, params, grads, momenta, fishers, factors, skipped, info, momentum_weights, fisher_weights
+    ) -> tuple[_C.Problems, list[View]]:
+        size = fishers[0].size
+        info_address = 0 if info is None else info.data_ptr()
+        problems, views = [], []
         for i, fisher in enumerate(fishers):
             grad, momentum, param = (View(tensor, size) for tensor in (grads[i], momenta[i], params[i]))
-            written += [momentum, param]
+            views += [grad, momentum, param]
             problem = _C.Problem(
                 count=fisher.count,
                 fisher=_address(fisher),
@@ -190,15 +239,33 @@ class Native:
                 out=param.native,
             )
             problems.append(problem)
-            info_address += fisher.count * info.element_size()
-        parameters = vars(options) | {"lr": self._number(options.lr), "damping": self._number(options.damping)}
-        self._launch(_C.Op.mbf_step_, fishers[0], problems, **parameters)
-        for view in written:
-            view.write_back()
-        return info
+            info_address += fisher.count * 4 if info is not None else 0
+        return _C.Problems(problems), views
+
+    def _start_step(self, like: SymmetricBlocks, problems: _C.Problems, options: StepOptions) -> None:
+        self._start(_C.Op.mbf_step_, like.data, like.size, problems, self._parameters(options))
+
+    def mbf_shared_step_(self, *arguments) -> Tensor:
+        return shared.mbf_shared_step_(self, *arguments)
+
+    def prepare_shared(self, *arguments) -> Launch | None:
+        return None
+
+    def mbf_diagonal_step_(self, *arguments) -> None:
+        diagonal.mbf_diagonal_step_(*arguments)
+
+    def prepare_diagonal(self, *arguments) -> Launch | None:
+        return None
 
     def _launch(self, op: _C.Op, blocks: SymmetricBlocks, problems: list[_C.Problem], **parameters) -> None:
-        self._start(op, blocks, problems, _C.Parameters(**parameters))
+        self._start(op, blocks.data, blocks.size, _C.Problems(problems), _C.Parameters(**parameters))
+
+    def _parameters(self, o: StepOptions) -> _C.Parameters:
+        return _C.Parameters(
+            lr=self._number(o.lr), momentum=o.momentum, decay=o.decay, damping=self._number(o.damping),
+            weight_decay=o.weight_decay, eps=o.eps, relative=o.relative, graft=o.graft, nesterov=o.nesterov,
+            maximize=o.maximize, update=o.update, refactor=o.refactor,
+        )  # fmt: skip
 
     def _number(self, value: float | Tensor) -> float | tuple[int, _C.DType]:
         """A number as ``_C`` takes it: by value, or by its address on the device."""
@@ -207,7 +274,126 @@ class Native:
         return float(value)
 
 
-CPU = Native(_launch_cpu, reads_device_numbers=False)
+class Cpu(Native):
+    """With kernels of its own for the steps of shared matrices and of tensors without blocks."""
+
+    def __init__(self):
+        super().__init__(_launch_cpu, reads_device_numbers=False)
+
+    def mbf_shared_step_(
+        self,
+        params: Sequence[Sequence[Tensor]],
+        grads: Sequence[Sequence[Tensor]],
+        momenta: Sequence[Sequence[Tensor]],
+        squares: Sequence[Sequence[Tensor]],
+        fishers: Sequence[SymmetricBlocks],
+        factors: Sequence[SymmetricBlocks],
+        skipped: Sequence[Tensor],
+        momentum_weights: Sequence[float] | Sequence[Tensor],
+        square_weights: Sequence[float] | Sequence[Tensor],
+        options: StepOptions,
+    ) -> Tensor:
+        info = _new_info(fishers[0].data, sum(fisher.count for fisher in fishers))
+        problems, views = self._shared_problems(
+            params, grads, momenta, squares, fishers, factors, skipped, info, momentum_weights, square_weights
+        )
+        self._start_shared(fishers[0], problems, options)
+        for view in views:
+            view.write_back()
+        return info
+
+    def prepare_shared(self, params, grads, momenta, squares, fishers, factors, skipped) -> Launch | None:
+        ones = [1.0] * len(params)
+        problems, views = self._shared_problems(
+            params, grads, momenta, squares, fishers, factors, skipped, None, ones, ones
+        )
+        if not all(view.in_place for view in views):
+            return None
+        return Launch(problems, partial(self._start_shared, fishers[0], problems), float, None)
+
+    def _shared_problems(
+        self, params, grads, momenta, squares, fishers, factors, skipped, info, momentum_weights, square_weights
+    ) -> tuple[_C.SharedProblems, list[SharedView]]:
+        info_address = 0 if info is None else info.data_ptr()
+        problems, views = [], []
+        for i, fisher in enumerate(fishers):
+            count, size = fisher.count, fisher.size
+            named = {
+                "grad": grads[i],
+                "momentum": momenta[i],
+                "square": squares[i] if squares else None,
+                "param": params[i],
+            }
+            views_here = {name: SharedView(parts, count, size) for name, parts in named.items() if parts}
+            views += views_here.values()
+            problem = _C.SharedProblem(
+                count=count,
+                samples=views_here["param"].samples,
+                fisher=_address(fisher),
+                factor=_address(factors[i]) if factors else 0,
+                info=info_address,
+                skipped=skipped[i].data_ptr() if skipped else 0,
+                momentum_weight=float(momentum_weights[i]),
+                square_weight=float(square_weights[i]),
+                **{name: view.native for name, view in views_here.items()},
+            )
+            problems.append(problem)
+            info_address += count * 4 if info is not None else 0
+        return _C.SharedProblems(problems), views
+
+    def _start_shared(self, like: SymmetricBlocks, problems: _C.SharedProblems, options: StepOptions) -> None:
+        parameters = self._parameters(options)
+        threads = torch.get_num_threads()
+        dtype = _dtype(like.dtype)
+        _C.cpu_launch_shared(dtype, like.size, problems, parameters, options.diagonal_decay, threads)
+
+    def mbf_diagonal_step_(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        momenta: Sequence[Tensor],
+        squares: Sequence[Tensor],
+        momentum_weights: Sequence[float] | Sequence[Tensor],
+        square_weights: Sequence[float] | Sequence[Tensor],
+        options: StepOptions,
+    ) -> None:
+        problems, views = _diagonal_problems(params, grads, momenta, squares, momentum_weights, square_weights)
+        self._start_diagonal(params[0], problems, options)
+        for view in views:
+            view.write_back()
+
+    def prepare_diagonal(self, params, grads, momenta, squares) -> Launch | None:
+        ones = [1.0] * len(params)
+        problems, views = _diagonal_problems(params, grads, momenta, squares, ones, ones)
+        if not all(view.in_place for view in views):
+            return None
+        return Launch(problems, partial(self._start_diagonal, params[0], problems), float, None)
+
+    def _start_diagonal(self, like: Tensor, problems: _C.DiagonalProblems, options: StepOptions) -> None:
+        parameters = self._parameters(options)
+        threads = torch.get_num_threads()
+        _C.cpu_launch_diagonal(_dtype(like.dtype), problems, parameters, options.diagonal_decay, threads)
+
+
+def _diagonal_problems(
+    params, grads, momenta, squares, momentum_weights, square_weights
+) -> tuple[_C.DiagonalProblems, list[FlatView]]:
+    problems, views = [], []
+    for i, tensors in enumerate(zip(grads, momenta, squares, params, strict=True)):
+        here = [FlatView(tensor, params[i]) for tensor in tensors]
+        views += here
+        names = ("grad", "momentum", "square", "param")
+        problem = _C.DiagonalProblem(
+            count=params[i].numel(),
+            momentum_weight=float(momentum_weights[i]),
+            square_weight=float(square_weights[i]),
+            **{name: view.staged.data_ptr() for name, view in zip(names, here, strict=True)},
+        )
+        problems.append(problem)
+    return _C.DiagonalProblems(problems), views
+
+
+CPU = Cpu()
 CUDA = Native(_launch_cuda, reads_device_numbers=True)
 EMULATED = Native(_launch_emulated, reads_device_numbers=True)
 

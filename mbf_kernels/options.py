@@ -1,10 +1,12 @@
-"""What all tensors of one ``mbf_step_`` share. A tensor is a number on the device, 0-d, float32 or float64."""
+"""What all tensors of a step share. A tensor is a number on the device, 0-d, float32 or float64."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from . import checks
 
 
 @dataclass(frozen=True)
@@ -21,3 +23,53 @@ class StepOptions:
     maximize: bool
     update: bool  # F <- decay F + (1-decay) g g^T first
     refactor: bool  # factor F; otherwise use the cached factors
+    diagonal_decay: float = 0.0  # beta_2, of element-wise second moments
+
+    def check(self, op: str) -> None:
+        """Raises ValueError for a number out of its range."""
+        checks.decay(op, self.decay)
+        checks.momentum(op, self.momentum)
+        checks.momentum(op, self.diagonal_decay, name="diagonal_decay")
+        checks.non_negative(op, weight_decay=self.weight_decay, eps=self.eps)
+        for name in ("lr", "damping"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor):
+                checks.non_negative(op, **{name: value})
+
+
+def step_options(
+    op: str,
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    decay: float = 0.0,
+    damping: float | Tensor = 0.0,
+    weight_decay: float = 0.0,
+    relative: bool = False,
+    graft: str | None = None,
+    nesterov: bool = False,
+    eps: float = 1e-8,
+    maximize: bool = False,
+    update: bool = True,
+    refactor: bool = True,
+    diagonal_decay: float = 0.0,
+) -> StepOptions:
+    """The options from the keywords of a step op. Raises TypeError for what is no number, ValueError for a form that
+    does not exist."""
+    if graft not in (None, "adam"):
+        raise ValueError(f'{op}: expected graft to be None or "adam", got {graft!r}')
+    return StepOptions(
+        lr if isinstance(lr, Tensor) else checks.number(op, "lr", lr),
+        float(momentum),
+        float(decay),
+        damping if isinstance(damping, Tensor) else checks.number(op, "damping", damping),
+        float(weight_decay),
+        float(eps),
+        bool(relative),
+        graft == "adam",
+        bool(nesterov),
+        bool(maximize),
+        bool(update),
+        bool(refactor),
+        float(diagonal_decay),
+    )

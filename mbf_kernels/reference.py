@@ -7,13 +7,17 @@ first pivot that is not positive and finite, or else the first element that is n
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from . import shared
 from .blocks import SymmetricBlocks, pack_dense
+from .diagonal import mbf_diagonal_step_  # noqa: F401, one of this backend's ops
 from .options import StepOptions
+from .rowwise import first_bad, flag_nonfinite, length_ratio
 
 
 def accumulate_(
@@ -54,7 +58,7 @@ def accumulate_factor_solve_(
     lower, info = _factored(updated, damping, relative, zero_block_lambda=0.0)
     x = _solved(lower, rhs[..., None])[..., 0]
     for vector in (g, rhs, x):
-        info = _flag_nonfinite(info, vector)
+        info = flag_nonfinite(info, vector)
     good = info == 0
     _overwrite(fisher, updated, good)
     return torch.where(good[:, None], x, 0), info
@@ -84,6 +88,10 @@ def mbf_step_(
     return torch.cat(infos)
 
 
+def mbf_shared_step_(*arguments) -> Tensor:
+    return shared.mbf_shared_step_(sys.modules[__name__], *arguments)
+
+
 def _step(
     param: Tensor,
     grad: Tensor,
@@ -107,10 +115,10 @@ def _step(
         lower, info = _factored(updated, o.damping, o.relative, zero_block_lambda=1.0)
     else:
         lower = cached.to_dense().tril()
-        info = _first_bad(lower.diagonal(dim1=1, dim2=2) > 0)
+        info = first_bad(lower.diagonal(dim1=1, dim2=2) > 0)
     p = _solved(lower, d[..., None])[..., 0]
     for vector in (g, d, p):
-        info = _flag_nonfinite(info, vector)
+        info = flag_nonfinite(info, vector)
     good = info == 0
 
     lr = _wide(o.lr)
@@ -118,7 +126,7 @@ def _step(
     if o.graft:
         mean = (1 - o.momentum) / _wide(momentum_weight) * d
         u = mean / ((updated.diagonal(dim1=1, dim2=2) / fisher_weight).sqrt() + o.eps)
-        rate = lr * _length_ratio(u, p)
+        rate = lr * length_ratio(u, p)
     stepped = (1 - lr * o.weight_decay) * param.reshape(blocks) - rate * p
 
     if o.update:
@@ -158,7 +166,7 @@ def _factored(
     lower, lapack = torch.linalg.cholesky_ex(dense + torch.diag_embed(damp[:, None].expand(dense.shape[:2])))
     diagonal = lower.diagonal(dim1=1, dim2=2)
     # LAPACK lets an infinite pivot pass and may stop at a later one
-    info = _first_bad(diagonal.isfinite() & (diagonal > 0))
+    info = first_bad(diagonal.isfinite() & (diagonal > 0))
     info = torch.where((lapack != 0) & ((info == 0) | (lapack < info)), lapack, info)
     return torch.where((info == 0)[:, None, None], lower, 0), info
 
@@ -167,29 +175,9 @@ def _solved(
     lower: Tensor,  # [B, n, n]
     rhs: Tensor,  # [B, n, k]
 ) -> Tensor:
-    bad = (_first_bad(lower.diagonal(dim1=1, dim2=2) > 0) != 0)[:, None, None]
+    bad = (first_bad(lower.diagonal(dim1=1, dim2=2) > 0) != 0)[:, None, None]
     identity = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device)
     return torch.where(bad, 0, torch.cholesky_solve(rhs, torch.where(bad, identity, lower)))
-
-
-def _length_ratio(u: Tensor, p: Tensor) -> Tensor:
-    """|u| / |p| by rows, [B, 1]; 0 where p = 0. |p| is formed relative to its largest entry, whose square may
-    leave the range of the dtype."""
-    peak = p.abs().amax(1, keepdim=True)
-    unit = 1 / peak.clamp_min(1e-30)
-    ratio = unit * torch.linalg.vector_norm(u, dim=1, keepdim=True)
-    ratio = ratio / torch.linalg.vector_norm(unit * p, dim=1, keepdim=True)
-    return torch.where(peak > 0, ratio, 0)
-
-
-def _first_bad(good: Tensor) -> Tensor:
-    """1 + the index of the first False of each row, 0 where there is none."""
-    bad = (~good).to(torch.int32)
-    return torch.where(bad.any(1), bad.argmax(1) + 1, 0).to(torch.int32)
-
-
-def _flag_nonfinite(info: Tensor, vector: Tensor) -> Tensor:
-    return torch.where(info != 0, info, _first_bad(vector.isfinite()))
 
 
 def _overwrite(blocks: SymmetricBlocks, dense: Tensor, where: Tensor) -> None:

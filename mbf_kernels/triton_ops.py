@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 import struct
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -21,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, shared
 from .blocks import TILE_BLOCKS, SymmetricBlocks
+from .diagonal import mbf_diagonal_step_  # noqa: F401, one of this backend's ops
 from .options import StepOptions
 from .views import View
 
@@ -130,6 +132,10 @@ def mbf_step_(
         momentum.write_back()
         param.write_back()
     return info
+
+
+def mbf_shared_step_(*arguments) -> Tensor:
+    return shared.mbf_shared_step_(sys.modules[__name__], *arguments)
 
 
 def _strided(view: View) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -1,25 +1,72 @@
-"""Tensors as blocks of n elements where they lie, by at most two levels of strides per block and per element."""
+"""Tensors as blocks of n elements where they lie, by at most two levels of strides per block and per element.
+
+A view reads and writes a tensor in place, or through a copy, ``staged``, where its strides forbid it.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
+from .checks import matrix_dimension
 
-class View:
-    """A tensor as blocks of n elements, for the kernels: in place, or through a copy where strides forbid it."""
 
-    def __init__(self, tensor: Tensor, n: int):
+class Staged:
+    """A tensor, and what stands for it: itself where ``strides_of`` it are not None, else a copy that has them."""
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        strides_of: Callable[[Tensor], tuple[int, ...] | None],
+        copy: Callable[[Tensor], Tensor] = Tensor.contiguous,
+    ):
         self.tensor = tensor
-        strides = block_strides(tuple(tensor.shape), tensor.stride(), n)
-        self.staged = tensor if strides else tensor.contiguous()
-        strides = strides or block_strides(tuple(tensor.shape), self.staged.stride(), n)
-        self.native = (self.staged.data_ptr(), *strides)
+        strides = strides_of(tensor)
+        self.staged = tensor if strides else copy(tensor)
+        self.strides = strides or strides_of(self.staged)
+
+    @property
+    def in_place(self) -> bool:
+        return self.staged is self.tensor
 
     def write_back(self) -> None:
-        if self.staged is not self.tensor:
+        if not self.in_place:
             self.tensor.copy_(self.staged)
+
+
+class View(Staged):
+    """A tensor as blocks of n elements, for the kernels."""
+
+    def __init__(self, tensor: Tensor, n: int):
+        super().__init__(tensor, lambda t: block_strides(tuple(t.shape), t.stride(), n))
+        self.native = (self.staged.data_ptr(), *self.strides)
+
+
+class SharedView:
+    """The mini-blocks of R matrices, [*samples, R, *elements of product n]; or of one matrix, n - 1 elements and a
+    tensor of the last ones, [*samples]."""
+
+    def __init__(self, parts: Sequence[Tensor], count: int, n: int):
+        main = Staged(parts[0], lambda t: shared_strides(tuple(t.shape), t.stride(), count, n - len(parts) + 1))
+        self.parts = [main]
+        last = (0, 0)
+        if len(parts) == 2:
+            self.parts.append(Staged(parts[1], lambda t: _one_stride(tuple(t.shape), t.stride())))
+            last = (self.parts[1].staged.data_ptr(), *self.parts[1].strides)
+        self.native = ((main.staged.data_ptr(), *main.strides), last)
+        self.samples = parts[0].numel() // (count * (n - len(parts) + 1))
+
+    @property
+    def in_place(self) -> bool:
+        return all(part.in_place for part in self.parts)
+
+    def write_back(self) -> None:
+        for part in self.parts:
+            part.write_back()
 
 
 @lru_cache(maxsize=4096)
@@ -36,6 +83,22 @@ def block_strides(
     return levels[0] + levels[1] if None not in levels else None
 
 
+@lru_cache(maxsize=4096)
+def shared_strides(
+    shape: tuple[int, ...], strides: tuple[int, ...], count: int, n: int
+) -> tuple[int, int, int, int, int, int, int] | None:
+    """The stride of matrices, and (inner count, outer stride, inner stride) of samples and of elements; None where
+    either needs more than two levels."""
+    at = matrix_dimension(shape, n, count)
+    levels = _levels(shape[:at], strides[:at]), _levels(shape[at + 1 :], strides[at + 1 :])
+    return (strides[at], *levels[0], *levels[1]) if None not in levels else None
+
+
+def _one_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int] | None:
+    levels = _levels(shape, strides)
+    return (levels[2],) if levels and levels[1] == 0 else None
+
+
 def _levels(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int] | None:
     merged: list[tuple[int, int]] = []  # (size, stride), outermost first
     for size, stride in zip(shape, strides, strict=True):
@@ -49,3 +112,23 @@ def _levels(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int,
         return None
     (_, outer), (count, inner) = [(1, 0)] * (2 - len(merged)) + merged
     return count, outer, inner
+
+
+class FlatView(Staged):
+    """A tensor as elements without gaps, in the order of those of ``like``."""
+
+    def __init__(self, tensor: Tensor, like: Tensor):
+        order = _steps(like)
+        if math.prod(size for size, _ in order) != 1 + sum((size - 1) * stride for size, stride in order):
+            like = torch.empty(like.shape, device="meta")  # has gaps: the usual order
+            order = _steps(like)
+
+        def copy(tensor: Tensor) -> Tensor:
+            return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype).copy_(tensor)
+
+        super().__init__(tensor, lambda t: (1, *t.stride()) if _steps(t) == order else None, copy)
+
+
+def _steps(tensor: Tensor) -> list[tuple[int, int]]:
+    """The dimensions that count, (size, stride)."""
+    return [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from mbf_optim import MBF
+from mbf_optim.schedule import DeviceClock
 from test_mbf import FORMS, PARTITIONS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -342,8 +343,9 @@ class OneDevice(TorchDispatchMode):
 
 
 def python_numbers(optimizer):
+    on_device = torch.Tensor | SymmetricBlocks | DeviceClock
     return [
-        {name: value for name, value in state.items() if not isinstance(value, torch.Tensor | SymmetricBlocks)}
+        {name: copy.copy(value) for name, value in state.items() if not isinstance(value, on_device)}
         for state in optimizer.state.values()
     ]
 

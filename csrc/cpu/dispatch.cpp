@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
@@ -16,6 +17,8 @@ struct Isa {
     std::string name;
     int vector_bytes;
     Kernel kernels[2];  // by DType
+    SharedKernel shared[2];
+    DiagonalKernel diagonal[2];
 };
 
 std::vector<Isa> detect_isas() {
@@ -23,11 +26,11 @@ std::vector<Isa> detect_isas() {
 #ifdef MBF_X86
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512bw"))
-        found.push_back({"avx512", 64, {run_avx512_float, run_avx512_double}});
+        found.push_back({"avx512", 64, {run_avx512_float, run_avx512_double}, {shared_avx512_float, shared_avx512_double}, {diagonal_avx512_float, diagonal_avx512_double}});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        found.push_back({"avx2", 32, {run_avx2_float, run_avx2_double}});
+        found.push_back({"avx2", 32, {run_avx2_float, run_avx2_double}, {shared_avx2_float, shared_avx2_double}, {diagonal_avx2_float, diagonal_avx2_double}});
 #endif
-    found.push_back({"baseline", 16, {run_baseline_float, run_baseline_double}});
+    found.push_back({"baseline", 16, {run_baseline_float, run_baseline_double}, {shared_baseline_float, shared_baseline_double}, {diagonal_baseline_float, diagonal_baseline_double}});
     return found;
 }
 
@@ -68,12 +71,16 @@ int64_t blocks_per_unit(Op op, DType dtype, int n, const Parameters& parameters)
     return is_tiled(n) ? kTileBlocks : lanes;
 }
 
+// At least one thread, at most one per unit of work, each with enough to do.
+int useful_threads(int threads, int64_t units, double multiply_adds) {
+    return static_cast<int>(std::max(1.0, std::min({double(threads), double(units), multiply_adds / kGrain})));
+}
+
 // Kept between launches.
-void* thread_scratch(int n) {
+void* thread_scratch(size_t bytes) {
     constexpr size_t kAlignment = 64;
     static thread_local std::vector<char> buffer;
-    const size_t bytes = scratch_bytes(n) + kAlignment;
-    if (buffer.size() < bytes) buffer.resize(bytes);
+    if (buffer.size() < bytes + kAlignment) buffer.resize(bytes + kAlignment);
     const uintptr_t address = reinterpret_cast<uintptr_t>(buffer.data());
     return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
 }
@@ -104,17 +111,55 @@ void launch(Op op, DType dtype, int n, const std::vector<Problem>& problems, con
         blocks += problem.count;
     }
     const int64_t units = first_unit.back();
-    const double useful = multiply_adds(op, n, parameters, blocks) / kGrain;
-    threads = static_cast<int>(std::max(1.0, std::min({double(threads), double(units), useful})));
+    threads = useful_threads(threads, units, multiply_adds(op, n, parameters, blocks));
 
     const Kernel kernel = current_isa()->kernels[static_cast<int>(dtype)];
     parallel_for(units, threads, [&](int64_t begin, int64_t end) {
-        void* scratch = thread_scratch(n);
+        void* scratch = thread_scratch(scratch_bytes(n));
         for (size_t i = 0; i < problems.size(); ++i) {
             const int64_t first = std::max(begin, first_unit[i]) - first_unit[i];
             const int64_t last = std::min(end, first_unit[i + 1]) - first_unit[i];
             if (first >= last) continue;
             kernel(op, problems[i], parameters, n, first * unit, std::min(last * unit, problems[i].count), scratch);
+        }
+    });
+}
+
+void launch_shared(DType dtype, int n, const std::vector<SharedProblem>& problems, const MomentParameters& parameters,
+                   int threads) {
+    int64_t matrices = 0;
+    double work = 0;
+    for (const SharedProblem& problem : problems) {
+        matrices += problem.count;
+        work += 2.0 * n * n * problem.count * (problem.samples + n);
+    }
+    const SharedKernel kernel = current_isa()->shared[static_cast<int>(dtype)];
+    // Matrices differ in their numbers of mini-blocks: threads take the next one as they get free.
+    std::atomic<int64_t> next{0};
+    threads = useful_threads(threads, matrices, work);
+    parallel_for(threads, threads, [&](int64_t, int64_t) {
+        void* scratch = thread_scratch(shared_scratch_bytes(n));
+        int64_t first = 0, matrix = next++;
+        for (const SharedProblem& problem : problems) {
+            for (; matrix < first + problem.count; matrix = next++)
+                kernel(problem, parameters, n, matrix - first, scratch);
+            first += problem.count;
+        }
+    });
+}
+
+void launch_diagonal(DType dtype, const std::vector<DiagonalProblem>& problems, const MomentParameters& parameters,
+                     int threads) {
+    int64_t elements = 0;
+    for (const DiagonalProblem& problem : problems) elements += problem.count;
+    const DiagonalKernel kernel = current_isa()->diagonal[static_cast<int>(dtype)];
+    constexpr int kLine = 16;  // elements: threads never write to one cache line
+    parallel_for(elements / kLine + 1, useful_threads(threads, elements / kLine, 8.0 * elements), [&](int64_t begin, int64_t end) {
+        begin *= kLine, end *= kLine;
+        for (const DiagonalProblem& problem : problems) {
+            const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, problem.count);
+            if (first < last) kernel(problem, parameters, first, last);
+            begin -= problem.count, end -= problem.count;
         }
     });
 }

@@ -19,4 +19,12 @@ void set_isa(const std::string& name);
 // Runs `op` on all problems, each a tensor's blocks of size n (1 .. MBF_MAX_SIZE), on at most `threads` threads.
 void launch(Op op, DType dtype, int n, const std::vector<Problem>& problems, const Parameters& parameters, int threads);
 
+// The step of mini-blocks that share averaged matrices, likewise.
+void launch_shared(DType dtype, int n, const std::vector<SharedProblem>& problems, const MomentParameters& parameters,
+                   int threads);
+
+// The step of tensors without blocks, likewise.
+void launch_diagonal(DType dtype, const std::vector<DiagonalProblem>& problems, const MomentParameters& parameters,
+                     int threads);
+
 }  // namespace mbf::cpu

@@ -234,16 +234,11 @@ private:
     }
 
     void report(V info, Group group) const {
-        int32_t* to = problem.info + group.first;
-        if (!any(info != V{})) {
-            for (int l = 0; l < group.active; ++l) to[l] = 0;
-            return;
-        }
+        if (problem.info)
+            for (int l = 0; l < group.active; ++l) problem.info[group.first + l] = static_cast<int32_t>(info[l]);
+        if (!any(info != V{})) return;
         int64_t bad = 0;
-        for (int l = 0; l < group.active; ++l) {
-            to[l] = static_cast<int32_t>(info[l]);
-            bad += to[l] != 0;
-        }
+        for (int l = 0; l < group.active; ++l) bad += info[l] != 0;
         if (problem.skipped) __atomic_fetch_add(problem.skipped, bad, __ATOMIC_RELAXED);
     }
 

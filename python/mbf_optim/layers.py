@@ -23,20 +23,40 @@ class Layer:
     def params(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-    def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The tensor that the views of ``blocks`` take: the weight as it is where no bias joins, else a copy of
-        [W | b]."""
-        if self.as_is:
-            return weight
-        if weight.ndim > 2:
-            weight = weight.view(weight.shape[:2])
-        return weight if self.bias is None else torch.cat([weight, bias[:, None]], 1)
+    @cached_property
+    def shared(self) -> bool:
+        return any(blocks.shared for blocks in self.blocks)
 
     @cached_property
-    def as_is(self) -> bool:
-        """Whether the views of ``blocks`` take the weight itself: no bias joins, no 1x1 taps to drop."""
-        is_filter = not self.blocks or self.blocks[0].structure == "filter"
-        return self.bias is None and (is_filter or self.weight.ndim == 2)
+    def joined(self) -> bool:
+        """Whether blocks need the weight and the bias as one matrix."""
+        return any(blocks.bias == "column" for blocks in self.blocks)
+
+    def steps_in_place(self) -> bool:
+        """Whether the blocks are views of the parameters, all of which have gradients."""
+        return not self.joined and all(param.grad is not None for param in self.params)
+
+    def view(self, blocks: Blocks, tensor: Tensor) -> Tensor:
+        """Mini-blocks of the weight, or of anything of its shape."""
+        is_filter = blocks.structure == "filter"
+        return blocks.view(tensor if is_filter or tensor.ndim == 2 else tensor.view(tensor.shape[:2]))
+
+    def sharing(self, blocks: Blocks, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The mini-blocks of a weight and bias, or of their gradients, as [S, R, n]."""
+        if blocks.bias == "column":
+            weight = torch.cat([weight, bias[:, None]], 1)
+        if blocks.bias != "last":
+            return self.view(blocks, weight).reshape(blocks.sharing, blocks.count, blocks.size)
+        elements = self.view(blocks, weight).reshape(blocks.sharing, 1, blocks.size - 1)
+        return torch.cat([elements, bias[:, None, None]], 2)
+
+    def has_grad(self) -> bool:
+        """Whether any parameter has a gradient. Raises TypeError for one that is sparse."""
+        grads = [param.grad for param in self.params if param.grad is not None]
+        for grad in grads:
+            if grad.layout != torch.strided:
+                raise TypeError(f"MBF: expected dense gradients, got layout {grad.layout} for {self.name}")
+        return bool(grads)
 
 
 def layers_of(group: dict, index_of_first: int) -> list[Layer]:
@@ -59,7 +79,10 @@ def layers_of(group: dict, index_of_first: int) -> list[Layer]:
 
 
 def _is_bias(bias: Tensor | None, weight: Tensor, group: dict) -> bool:
-    return bias is not None and joins_bias(weight.shape, group["blocks"]) and bias.shape == weight.shape[:1]
+    if bias is None or bias.shape != weight.shape[:1]:
+        return False
+    grafted = group["graft"] is not None
+    return joins_bias(weight.shape, blocks=group["blocks"], segment=group["segment"], grafted=grafted)
 
 
 def _blocks(name: str, weight: Tensor, bias: Tensor | None, group: dict) -> list[Blocks]:

@@ -11,14 +11,11 @@ from torch.optim.optimizer import ParamsT
 
 from mbf_kernels import SymmetricBlocks, accumulate_
 
-from .diagonal import diagonal_step_
 from .layers import Layer, layers_of
 from .options import check_options, keep_device_scalars, with_numbers
+from .plan import Plan
 from .report import Report, Row
-from .schedule import advance, capturing, on_host, refuse_capture, weights
-from .shared import shared_step_
-from .tasks import LayerTensors, Task
-from .unshared import unshared_step_
+from .schedule import capturing, on_host, refuse_capture
 
 
 class MBF(Optimizer):
@@ -99,7 +96,7 @@ class MBF(Optimizer):
     ):
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         check_options(defaults)
-        self._plan: list[list[Layer]] | None = None
+        self._forget()
         super().__init__(params, defaults)
 
     @classmethod
@@ -126,7 +123,7 @@ class MBF(Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
-        self._plan = None
+        self._forget()
         group = self.param_groups[-1]
         try:
             check_options(group)
@@ -136,12 +133,12 @@ class MBF(Optimizer):
             self._layers()
         except (TypeError, ValueError):
             self.param_groups.pop()
-            self._plan = None
+            self._forget()
             raise
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._plan = None
+        self._forget()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -159,8 +156,8 @@ class MBF(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, layers in self._layers():
-            self._step_group(group, [layer for layer in layers if _has_grad(layer)])
+        for index, group in enumerate(self.param_groups):
+            self._plan(index, group).step(with_numbers(group))
         return loss
 
     @torch.no_grad()
@@ -169,23 +166,23 @@ class MBF(Optimizer):
 
         The j-th call sets F <- ((j-1)/j) F + (1/j) g g^T. Raises RuntimeError once a step has been taken.
         """
-        for _, layers in self._layers():
+        for group, layers in self._layers():
             for layer in layers:
-                if not layer.blocks or not _has_grad(layer):
+                if not layer.blocks or not layer.has_grad():
                     continue
-                state = self._state(layer)
+                state = self._state(layer, group)
                 if on_host(state)["step"]:
                     raise RuntimeError(f"MBF.observe: expected no step so far, but {layer.name} has been stepped")
                 state["observed"] += 1
-                grad = LayerTensors.of(layer, self.state, maximize=False).grad
+                grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in layer.params]
                 for blocks in layer.blocks:
-                    decay = 1 - 1 / state["observed"]
-                    accumulate_(state["fisher" + blocks.suffix], blocks.flat(grad), decay=decay)
+                    g = layer.sharing(blocks, grads[0], grads[-1])
+                    accumulate_(state["fisher" + blocks.suffix], g, decay=1 - 1 / state["observed"])
                 state["fisher_weight"] = 1.0
 
     def report(self) -> Report:
         """A row for every tensor (a joined bias in its weight's): structure, matrices, state bytes, skipped blocks."""
-        return Report(self._row(layer) for _, layers in self._layers() for layer in layers)
+        return Report(self._row(layer, group) for group, layers in self._layers() for layer in layers)
 
     def state_dict(self) -> dict:
         """As in torch; F and L in canonical form, packed lower triangles [count, T]."""
@@ -207,7 +204,7 @@ class MBF(Optimizer):
         super().load_state_dict(state_dict)
         for group, options in zip(self.param_groups, own, strict=True):
             keep_device_scalars(group, options)
-        self._plan = None
+        self._forget()
         for state in self.state.values():
             for name, value in state.items():
                 if name.startswith(("fisher", "factor")) and isinstance(value, Tensor):
@@ -216,79 +213,56 @@ class MBF(Optimizer):
                 device = state["momentum"].device
                 state["skipped"] = torch.tensor(int(state["skipped"]), dtype=torch.int64, device=device)
 
-    def _layers(self) -> Iterator[tuple[dict, list[Layer]]]:
-        if self._plan is None:
-            first, self._plan = 0, []
-            for group in self.param_groups:
-                self._plan.append(layers_of(group, first))
-                first += len(group["params"])
-        return zip(self.param_groups, self._plan, strict=True)
+    def _forget(self) -> None:
+        """What is derived from parameters and state: made again when it is needed."""
+        self._known_layers: list[list[Layer]] | None = None
+        self._plans: dict[int, Plan] = {}
 
-    def _state(self, layer: Layer) -> dict:
+    def _layers(self) -> Iterator[tuple[dict, list[Layer]]]:
+        if self._known_layers is None:
+            first, self._known_layers = 0, []
+            for group in self.param_groups:
+                self._known_layers.append(layers_of(group, first))
+                first += len(group["params"])
+        return zip(self.param_groups, self._known_layers, strict=True)
+
+    def _plan(self, index: int, group: dict) -> Plan:
+        """How the group steps now. Making a plan may share or part clocks, so it ends the plans of other groups."""
+        plan = self._plans.get(index)
+        if plan is None or not plan.fits(group):
+            layers = list(self._layers())[index][1]
+            for layer in layers:
+                if layer.has_grad():
+                    self._state(layer, group)
+            plan = self._plans[index] = Plan(group, layers, self.state)
+        return plan
+
+    def _state(self, layer: Layer, group: dict) -> dict:
         """The state of a layer's weight; what the bias needs of its own is made with it."""
         state = self.state[layer.weight]
-        if state:
-            return state
-        refuse_capture("the first step of a layer (it allocates state)")
-        needs_square = not layer.blocks or any(blocks.shared for blocks in layer.blocks)
-        for param in layer.params:
-            self.state[param]["momentum"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            if needs_square:
-                self.state[param]["second_moment"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        state["step"] = 0
-        if layer.blocks:
-            state["observed"], state["fisher_weight"] = 0, 0.0
-            state["skipped"] = torch.zeros((), dtype=torch.int64, device=layer.weight.device)
-        for blocks in layer.blocks:
-            state["fisher" + blocks.suffix] = SymmetricBlocks.zeros(
-                blocks.count, blocks.size, layer.weight.dtype, layer.weight.device
-            )
+        if not state:
+            refuse_capture("the first step of a layer (it allocates state)")
+            for param in layer.params:
+                self.state[param]["momentum"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["step"] = 0
+            if layer.blocks:
+                state["observed"], state["fisher_weight"] = 0, 0.0
+                state["skipped"] = torch.zeros((), dtype=torch.int64, device=layer.weight.device)
+            for blocks in layer.blocks:
+                state["fisher" + blocks.suffix] = SymmetricBlocks.zeros(
+                    blocks.count, blocks.size, layer.weight.dtype, layer.weight.device
+                )
+        if _needs_squares(layer, group) and "second_moment" not in state:
+            refuse_capture("the first grafted step of a layer (it allocates state)")
+            for param in layer.params:
+                square = torch.zeros_like(param, memory_format=torch.preserve_format)
+                self.state[param]["second_moment"] = square
         return state
 
-    def _advance(self, group: dict, layers: list[Layer]) -> None:
-        states = [self._state(layer) for layer in layers]
-        advance(states, [layer.blocks[0] if layer.blocks else None for layer in layers], self.state.values(), group)
-
-    def _step_group(self, group: dict, layers: list[Layer]) -> None:
-        group = with_numbers(group)
-        self._advance(group, layers)
-        self._step_diagonal(group, [layer for layer in layers if not layer.blocks])
-        blocked = [layer for layer in layers if layer.blocks]
-        tensors = [LayerTensors.of(layer, self.state, group["maximize"]) for layer in blocked]
-        tasks = [Task.of(blocks, t, self.state[t.layer.weight], group) for t in tensors for blocks in t.layer.blocks]
-        unshared_step_([task for task in tasks if not task.blocks.shared], group)
-        shared_step_([task for task in tasks if task.blocks.shared], group)
-        for t in tensors:
-            t.write_back(self.state)
-
-    def _step_diagonal(self, group: dict, layers: list[Layer]) -> None:
-        alike: dict[tuple, list[Tensor]] = {}
-        for layer in layers:
-            weight, state = layer.weight, self.state[layer.weight]
-            time = id(state["clock"]) if "clock" in state else state["step"]
-            alike.setdefault((weight.device, weight.dtype, time), []).append(weight)
-        for params in alike.values():
-            states = [self.state[param] for param in params]
-            momentum_weight, square_weight, _ = weights(states[0], group)
-            diagonal_step_(
-                params,
-                [-param.grad if group["maximize"] else param.grad for param in params],
-                [state["momentum"] for state in states],
-                [state["second_moment"] for state in states],
-                lr=group["lr"],
-                momentum=group["momentum"],
-                momentum_weight=momentum_weight,
-                decay=group["diagonal_decay"],
-                square_weight=square_weight,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                adam=group["graft"] is not None,
-            )
-
-    def _row(self, layer: Layer) -> Row:
+    def _row(self, layer: Layer, group: dict) -> Row:
         params = layer.params
         state = self.state[layer.weight] if layer.weight in self.state else {}
-        vectors = 2 if not layer.blocks or any(blocks.shared for blocks in layer.blocks) else 1
+        vectors = 2 if _needs_squares(layer, group) else 1
         size = sum(vectors * param.numel() * param.element_size() for param in params)
         for blocks in layer.blocks:
             matrices = SymmetricBlocks.zeros(blocks.count, blocks.size, layer.weight.dtype, device="meta")
@@ -320,13 +294,9 @@ class MBF(Optimizer):
                         )
 
 
-def _has_grad(layer: Layer) -> bool:
-    """Whether any parameter of the layer has a gradient. Raises TypeError for one that is sparse."""
-    grads = [param.grad for param in layer.params if param.grad is not None]
-    for grad in grads:
-        if grad.layout != torch.strided:
-            raise TypeError(f"MBF: expected dense gradients, got layout {grad.layout} for {layer.name}")
-    return bool(grads)
+def _needs_squares(layer: Layer, group: dict) -> bool:
+    """Whether the layer keeps element-wise second moments."""
+    return not layer.blocks or (layer.shared and group["graft"] is not None)
 
 
 def _portable(value: object) -> object:

@@ -28,15 +28,12 @@ class Blocks:
     count: int
     size: int
     sharing: int
-    view: Callable[[Tensor], Tensor]
+    view: Callable[[Tensor], Tensor]  # of the weight; with bias "column" of the weight and the bias as a last column
+    bias: str = "none"  # "none": not in these blocks; "last": the last element of each; "column": see view
 
     @cached_property
     def shared(self) -> bool:
         return self.structure.endswith("averaged")
-
-    def flat(self, tensor: Tensor) -> Tensor:
-        """[S, R, n], a view where strides allow it."""
-        return self.view(tensor).reshape(self.sharing, self.count, self.size)
 
 
 def partition(
@@ -50,7 +47,7 @@ def partition(
     bias: bool,  # the bias joins as the last column
 ) -> list[Blocks]:
     """The mini-blocks of a parameter; an empty list: the diagonal step. For 2-D partitions the views take the matrix
-    [O, D], bias column included. Raises ValueError where a grid does not divide the matrix."""
+    [O, D]. Raises ValueError where a grid does not divide the matrix, bias column included."""
     taps = math.prod(shape[2:])
     is_matrix = len(shape) == 2 or (len(shape) > 2 and taps == 1)
     if blocks == "auto":
@@ -60,13 +57,16 @@ def partition(
     if blocks == "filter" and len(shape) > 2:
         return [Blocks("filter", "", shape[0] * shape[1], taps, 1, _identity)]
     if blocks in ("segment", "row", "column", "grid") and is_matrix:
-        return _matrix_blocks(blocks, shape[0], shape[1] + bias, segment, grid, average)
+        return _matrix_blocks(blocks, shape[0], shape[1], bias, segment, grid, average)
     return []
 
 
-def joins_bias(shape: torch.Size, blocks: str) -> bool:
-    """Whether the bias of this weight joins it as the homogeneous column."""
-    return len(shape) == 2 and blocks in ("auto", "segment", "row", "column", "grid")
+def joins_bias(shape: torch.Size, *, blocks: str, segment: int, grafted: bool) -> bool:
+    """Whether the bias of this weight joins it as the homogeneous column: not where it would be a run of its own."""
+    if len(shape) != 2 or blocks not in ("auto", "segment", "row", "column", "grid"):
+        return False
+    in_segments = blocks == "segment" or (blocks == "auto" and _automatic(shape, 1, grafted) == "segment")
+    return not in_segments or shape[1] % segment > 0
 
 
 def _automatic(shape: torch.Size, taps: int, grafted: bool) -> str:
@@ -82,44 +82,63 @@ def _identity(tensor: Tensor) -> Tensor:
 
 
 def _matrix_blocks(
-    blocks: str, outputs: int, inputs: int, segment: int, grid: tuple[int, int] | None, average: bool
+    blocks: str, outputs: int, inputs: int, bias: bool, segment: int, grid: tuple[int, int] | None, average: bool
 ) -> list[Blocks]:
+    column = "column" if bias else "none"
     if blocks == "segment":
-        return _segments(outputs, inputs, segment, average)
-    if blocks == "row":
-        return [_blocks("row", outputs, inputs, average, lambda x: x.unsqueeze(1))]
-    if blocks == "column":
-        return [_blocks("column", inputs, outputs, average, lambda x: x.t().unsqueeze(1))]
-    m1, m2 = grid
-    if inputs % m1 or outputs % m2:
-        raise ValueError(
-            f"MBF: expected grid (m1, m2) to divide the {inputs} inputs (bias column included) and {outputs} outputs, "
-            f"got {tuple(grid)}"
+        return (
+            _averaged_segments(outputs, inputs, bias, segment) if average else _segments(outputs, inputs, bias, segment)
         )
-    rows, columns = outputs // m2, inputs // m1
+    if blocks == "row":
+        place = "last" if bias and average else column
+        return [_blocks("row", outputs, inputs + bias, average, lambda x: x.unsqueeze(1), place)]
+    if blocks == "column":
+        return [_blocks("column", inputs + bias, outputs, average, lambda x: x.t().unsqueeze(1), column)]
+    m1, m2 = grid
+    if (inputs + bias) % m1 or outputs % m2:
+        raise ValueError(
+            f"MBF: expected grid (m1, m2) to divide the {inputs + bias} inputs (bias column included) and {outputs} "
+            f"outputs, got {tuple(grid)}"
+        )
+    rows, columns = outputs // m2, (inputs + bias) // m1
 
     def tiles(x: Tensor) -> Tensor:
-        return x.unflatten(1, (m1, columns)).unflatten(0, (m2, rows)).transpose(1, 2)
+        tiles = x.unflatten(1, (m1, columns)).unflatten(0, (m2, rows)).transpose(1, 2)
+        return tiles.unsqueeze(2) if average else tiles
 
-    return [_blocks("grid", m1 * m2, rows * columns, average, tiles)]
+    return [_blocks("grid", m1 * m2, rows * columns, average, tiles, column)]
 
 
-def _blocks(name: str, blocks: int, size: int, average: bool, view: Callable[[Tensor], Tensor]) -> Blocks:
+def _blocks(name: str, blocks: int, size: int, average: bool, view: Callable[[Tensor], Tensor], bias: str) -> Blocks:
     if average:
-        return Blocks(f"{name}, averaged", "", 1, size, blocks, view)
-    return Blocks(name, "", blocks, size, 1, view)
+        return Blocks(f"{name}, averaged", "", 1, size, blocks, view, bias)
+    return Blocks(name, "", blocks, size, 1, view, bias)
 
 
-def _segments(outputs: int, inputs: int, segment: int, average: bool) -> list[Blocks]:
-    """Runs of ``segment`` inputs, and a shorter last one."""
+def _averaged_segments(outputs: int, inputs: int, bias: bool, segment: int) -> list[Blocks]:
+    """Runs of ``segment`` inputs, and a shorter last one, which the bias joins."""
     runs, rest = divmod(inputs, segment)
+    parts = [
+        (runs, segment, "", lambda x: x[:, : runs * segment].unflatten(1, (runs, segment)), "none"),
+        (1, rest + bias, "_tail", lambda x: x[:, runs * segment :].unsqueeze(1), "last" if bias else "none"),
+    ]
+    return [
+        Blocks("segment, averaged", suffix, count, size, outputs, view, place)
+        for count, size, suffix, view, place in parts
+        if count and size
+    ]
+
+
+def _segments(outputs: int, inputs: int, bias: bool, segment: int) -> list[Blocks]:
+    """Likewise, each with a matrix of its own."""
+    runs, rest = divmod(inputs + bias, segment)
     parts = [
         (runs, segment, "", lambda x: x[:, : runs * segment].unflatten(1, (runs, segment))),
         (1, rest, "_tail", lambda x: x[:, runs * segment :].unsqueeze(1)),
     ]
-    name = "segment, averaged" if average else "segment"
+    column = "column" if bias else "none"
     return [
-        Blocks(name, suffix, count if average else outputs * count, size, outputs if average else 1, view)
+        Blocks("segment", suffix, outputs * count, size, 1, view, column)
         for count, size, suffix, view in parts
         if count and size
     ]

@@ -1,12 +1,14 @@
-"""What is due at a step, and how far a layer has come: step counters and the weights that undo a zero start.
+"""What is due at a step, and how far layers have come: their clocks.
 
-A layer's state counts in Python numbers, ``step`` and ``fisher_weight``. In a capturable group it counts on the device:
-``clock``, four float64 numbers that advance inside a CUDA graph. Layers that step together share one clock.
+Layers that step together share a clock: the steps taken and the sums of the weights in M, v and F, which undo a zero
+start. It counts in Python numbers, or in a capturable group on the device, so that it advances inside a CUDA graph.
+A state that no step has seen since it was made or loaded holds plain numbers, ``step`` and ``fisher_weight``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,66 +33,91 @@ def intervals(blocks: Blocks, group: dict) -> tuple[int, int]:
     return t1, t2
 
 
-def advance(states: list[dict], first_blocks: list[Blocks | None], every: Iterable[dict], group: dict) -> None:
-    """Counts one step of the layers of ``states``; ``every`` state of the optimizer tells which clocks must not run."""
-    if group["capturable"]:
-        _advance_clocks(states, every, group)
-        return
-    for state, blocks in zip(states, first_blocks, strict=True):
-        if "clock" in state:
-            state.update(on_host(state))
-            del state["clock"]
-        if blocks is not None and state["step"] % intervals(blocks, group)[0] == 0:
-            state["fisher_weight"] = group["decay"] * state["fisher_weight"] + (1 - group["decay"])
-        state["step"] += 1
+@dataclass
+class HostClock:
+    step: int
+    fisher_weight: float
+
+    def advance(self, group: dict, update_interval: int) -> None:
+        if self.step % update_interval == 0:
+            self.fisher_weight = group["decay"] * self.fisher_weight + (1 - group["decay"])
+        self.step += 1
+
+    def weights(self, group: dict) -> tuple[float, float, float]:
+        """1 - mu^t, 1 - beta_2^t, and 1 - beta^k after k updates of F: the sums of the weights in M, v and F."""
+        t = self.step
+        return 1 - group["momentum"] ** t, 1 - group["diagonal_decay"] ** t, self.fisher_weight or 1.0
+
+    def numbers(self) -> dict:
+        return {"step": self.step, "fisher_weight": self.fisher_weight}
+
+    def copy(self) -> HostClock:
+        return HostClock(self.step, self.fisher_weight)
 
 
-def weights(state: dict, group: dict) -> tuple[float | Tensor, float | Tensor, float | Tensor]:
-    """1 - mu^t, 1 - beta_2^t, and 1 - beta^k after k updates of F: the sums of the weights in M, v and F."""
-    if "clock" in state:
-        _, momentum, square, fisher = state["clock"].unbind()
+class DeviceClock:
+    """Four float64 numbers: t, 1 - mu^t, 1 - beta_2^t and the weight of F. F is updated at every step."""
+
+    def __init__(self, values: Tensor):
+        self.values = values
+
+    @classmethod
+    def of(cls, numbers: dict, group: dict, device: torch.device) -> DeviceClock:
+        t, fisher_weight = numbers["step"], numbers["fisher_weight"]
+        values = [t, 1 - group["momentum"] ** t, 1 - group["diagonal_decay"] ** t, fisher_weight]
+        return cls(torch.tensor(values, dtype=torch.float64, device=device))
+
+    def weights(self, group: dict) -> tuple[Tensor, Tensor, Tensor]:
+        _, momentum, square, fisher = self.values.unbind()
         return momentum, square, fisher.clamp_min(1e-30) if group["decay"] == 1 else fisher  # F stays 0 then
-    t = state["step"]
-    return 1 - group["momentum"] ** t, 1 - group["diagonal_decay"] ** t, state.get("fisher_weight", 0.0) or 1.0
+
+    def numbers(self) -> dict:
+        """Waits for the device."""
+        step, _, _, fisher_weight = self.values.tolist()
+        return {"step": int(step), "fisher_weight": fisher_weight}
+
+    def copy(self) -> DeviceClock:
+        return DeviceClock(self.values.clone())
 
 
-def on_host(state: dict) -> dict:
-    """The counters as Python numbers, wherever they are. Waits for the device."""
-    if "clock" not in state:
-        return {name: state[name] for name in ("step", "fisher_weight") if name in state}
-    step, _, _, fisher_weight = state["clock"].tolist()
-    return {"step": int(step), "fisher_weight": fisher_weight}
-
-
-def _advance_clocks(states: list[dict], every: Iterable[dict], group: dict) -> None:
-    _start_clocks(states, group)
-    stepping = set(map(id, states))
-    kept = {id(state["clock"]) for state in every if "clock" in state and id(state) not in stepping}
-    clocks: dict[int, Tensor] = {}
-    for state in states:
-        clock = state["clock"]
-        if id(clock) in kept:  # it runs on for those that step now
-            refuse_capture("a step of layers that have stepped together with others so far")
-            state["clock"] = clocks[id(clock)] if id(clock) in clocks else clock.clone()
-        clocks[id(clock)] = state["clock"]
+def advance_on_device(clocks: list[DeviceClock], group: dict) -> None:
     decays = [1.0, group["momentum"], group["diagonal_decay"], group["decay"]]
-    numbers = [number for clock in clocks.values() for number in clock.unbind()]
+    numbers = [number for clock in clocks for number in clock.values.unbind()]
     torch._foreach_mul_(numbers, decays * len(clocks))
     torch._foreach_add_(numbers, [1.0, *(1 - decay for decay in decays[1:])] * len(clocks))
 
 
-def _start_clocks(states: list[dict], group: dict) -> None:
-    """Moves counters to the device; layers with equal ones share a clock."""
-    started: dict[tuple, Tensor] = {}
-    for state in states:
-        if "clock" in state:
-            continue
-        refuse_capture("the first step of a layer (it allocates state)")
-        t, fisher_weight, device = state.pop("step"), state.pop("fisher_weight", 0.0), state["momentum"].device
-        if (t, fisher_weight, device) not in started:
-            numbers = [t, 1 - group["momentum"] ** t, 1 - group["diagonal_decay"] ** t, fisher_weight]
-            started[t, fisher_weight, device] = torch.tensor(numbers, dtype=torch.float64, device=device)
-        state["clock"] = started[t, fisher_weight, device]
+def share_clocks(states: list[dict], update_intervals: list[int], others: Iterable[dict], group: dict) -> None:
+    """Gives the states of layers that step together their clocks: common ones to those that have come equally far.
+
+    ``others`` are the states whose layers do not step: their clocks must not run on.
+    """
+    taken: dict[int, int | None] = {id(state["clock"]): None for state in others if "clock" in state}
+    fresh: dict[tuple, HostClock | DeviceClock] = {}
+    for state, update_interval in zip(states, update_intervals, strict=True):
+        clock = state.get("clock")
+        if clock is not None and isinstance(clock, DeviceClock) != group["capturable"]:
+            state.update(clock.numbers())
+            clock = None
+        if clock is None:
+            refuse_capture("the first step of a layer (it allocates state)")
+            numbers = {name: state.pop(name, 0) for name in ("step", "fisher_weight")}
+            key = (update_interval, *numbers.values(), state["momentum"].device)
+            if key not in fresh:
+                device = state["momentum"].device
+                fresh[key] = DeviceClock.of(numbers, group, device) if group["capturable"] else HostClock(**numbers)
+            clock = fresh[key]
+        elif taken.setdefault(id(clock), update_interval) != update_interval:
+            refuse_capture("a step of layers that have stepped together with others so far")
+            clock = fresh.setdefault((update_interval, id(clock)), clock.copy())
+        state["clock"] = clock
+
+
+def on_host(state: dict) -> dict:
+    """The counters as Python numbers, wherever they are. Waits for the device."""
+    if "clock" in state:
+        return state["clock"].numbers()
+    return {name: state[name] for name in ("step", "fisher_weight") if name in state}
 
 
 def capturing() -> bool:
