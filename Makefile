@@ -5,6 +5,8 @@
 # make sanitize-address, make sanitize-thread    the CPU and the emulated GPU kernels under sanitizers: cmake and a C++
 #              compiler are all they need
 # make gates   compile the GPU kernels for several architectures, no GPU needed, and hold them to the pinned tables
+# make instructions    count the instructions of the CPU kernels and hold them to the pinned table: x86-64 Linux, cmake and
+#              a C++ compiler are all it needs
 # make lint    ruff and clang-format, versions pinned
 # make format  the same, fixing what they can
 # make clean   remove what the others made
@@ -30,7 +32,7 @@ PY = $(VENV)/bin/python
 NATIVE = $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.toml
 SOURCES_CXX = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: demo test bench gpu gates sanitize-address sanitize-thread lint format clean
+.PHONY: demo test bench gpu gates sanitize-address sanitize-thread instructions lint format clean
 
 demo: $(VENV)/installed
 	$(PY) -m benchmarks.demo $(if $(FAST),--fast)
@@ -56,6 +58,9 @@ gates: $(VENV)/installed
 	$(PY) -m pip install --quiet pybind11 cmake ninja
 	$(PY) tools/cuda_gate.py --check --built mbf_kernels/_C.*.so
 	$(PY) tools/triton_gate.py --check
+
+instructions:
+	$(PYTHON) tools/instruction_gate.py --check
 
 lint: $(VENV)/linters
 	$(VENV)/bin/ruff check .
