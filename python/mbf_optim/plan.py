@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import is_, itemgetter
 
 from torch import Tensor
 
@@ -12,13 +13,14 @@ from .tasks import Copies, Tensors, launches_of, tasks_of
 
 # Options that decide what is launched together; the others are read at every step.
 STRUCTURAL = ("capturable", "update_interval", "factor_interval", "graft")
+VECTORS = ("momentum", "second_moment")
 
 
 class Plan:
     """The steps of those layers of a group that have gradients, while it stays those."""
 
     def __init__(self, group: dict, layers: list[Layer], states: dict):
-        self._present = _present(group)
+        self._absent = _absent(gradients(group))
         self._options = [group[name] for name in STRUCTURAL]
         indices = {id(param): i for i, param in enumerate(group["params"])}
         stepping = [layer for layer in layers if layer.has_grad()]
@@ -37,21 +39,27 @@ class Plan:
             )
         ]
         self._launches = launches_of(tasks, group)
+        params = [param for layer in stepping for param in layer.params]
+        self._vectors = [_Held(name, [states[p] for p in params if name in states[p]]) for name in VECTORS]
 
-    def fits(self, group: dict) -> bool:
-        return _present(group) == self._present and [group[name] for name in STRUCTURAL] == self._options
+    def fits(self, group: dict, grads: Sequence[Tensor | None]) -> bool:
+        return (
+            _absent(grads) == self._absent
+            and [group[name] for name in STRUCTURAL] == self._options
+            and all(held.is_current() for held in self._vectors)
+        )
 
-    def step(self, group: dict) -> None:
-        """``group``: with its numbers as steps use them."""
+    def step(self, group: dict, grads: Sequence[Tensor | None]) -> None:
+        """``group``: with its numbers as steps use them; ``grads``: of its params."""
         if group["capturable"]:
             advance_on_device([clock for clock, _ in self._clocks], group)
         else:
             for clock, update_interval in self._clocks:
                 clock.advance(group, update_interval)
-        grads = [param.grad for param in group["params"]]
         for launch in self._launches:
             launch(grads, group)
-        self._step_copies(group)
+        if self._copied:
+            self._step_copies(group)
 
     def _step_copies(self, group: dict) -> None:
         copies = [Copies(layer, self._states) for layer in self._copied]
@@ -66,8 +74,23 @@ class Plan:
             copy.write_back()
 
 
-def _present(group: dict) -> list[bool]:
-    return [param.grad is not None for param in group["params"]]
+class _Held:
+    """One entry of many states, to notice that a user has put another tensor there, as when offloading."""
+
+    def __init__(self, name: str, states: list[dict]):
+        self._get, self._states = itemgetter(name), states
+        self._tensors = list(map(self._get, states))
+
+    def is_current(self) -> bool:
+        return all(map(is_, map(self._get, self._states), self._tensors))
+
+
+def gradients(group: dict) -> list[Tensor | None]:
+    return [param.grad for param in group["params"]]
+
+
+def _absent(grads: Sequence[Tensor | None]) -> list[bool]:
+    return [grad is None for grad in grads]
 
 
 def _share(layers: Sequence[Layer], states: dict, group: dict) -> list[tuple[HostClock | DeviceClock, int]]:
