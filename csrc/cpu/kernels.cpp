@@ -87,7 +87,7 @@ private:
     }
 
     void fused_group(Group group) const {
-        Ahead<N, S, kParts> ahead(fisher, grad, rhs, out, group.next);
+        Ahead<N, S, kParts> ahead(fisher, grad, rhs, out, n_, group.next);
         grad.load(s.g, group);
         ahead.fetch_share();
         rhs.load(s.d, group);
@@ -108,7 +108,7 @@ private:
     }
 
     void step_group(Group group) const {
-        Ahead<N, S, kParts> ahead(fisher, grad, rhs, out, group.next);
+        Ahead<N, S, kParts> ahead(fisher, grad, rhs, out, n_, group.next);
         const bool runs = grad.is_run(group) && rhs.is_run(group) && out.is_run(group);
         if constexpr (N > 0)
             if (runs) form_direction_of_run(group);
@@ -251,8 +251,8 @@ private:
         }
     }
 
-    // The same for tensors whose blocks follow each other: in the order of memory, where M needs no transpose. The new M
-    // stays in the workspace until it is known which blocks are good.
+    // The same for tensors whose blocks follow each other: in the order of memory, where M needs no transpose. The new
+    // M stays in the workspace until it is known which blocks are good.
     void form_direction_of_run(Group group) const {
         using R = Register<S>;
         constexpr int kLanes = RegisterOf<S>::kLanes;

@@ -209,7 +209,8 @@ public:
 
     // The blocks of the group lie one after the other, without gaps.
     MBF_FN bool is_run(Group group) const {
-        return N > 0 && rows_ && block_.inner == N && group.active == P * W && group.first + P * W <= block_.inner_count;
+        return N > 0 && rows_ && block_.inner == N && group.active == P * W &&
+               group.first + P * W <= block_.inner_count;
     }
 
     // Element k of block b is at block(b)[element(k)].
@@ -275,7 +276,8 @@ private:
 
     // Part p is W active blocks at one stride.
     bool is_even(Group group, int p) const {
-        return (p + 1) * W <= group.active && remainder(group.first + p * W, block_.inner_count) + W <= block_.inner_count;
+        return (p + 1) * W <= group.active &&
+               remainder(group.first + p * W, block_.inner_count) + W <= block_.inner_count;
     }
 
     // a % b; most often a < b, and else both are small, which divides faster.
@@ -303,35 +305,42 @@ private:
 };
 
 // Asks for the memory of the pack that starts at block `first`, a share at a time between the stages of the present
-// one: all at once would exceed the misses that a core can track and stall it. Only for compiled sizes, whose
-// arithmetic is too short to hide memory otherwise.
+// one: all at once would exceed the misses that a core can track and stall it. Large blocks have arithmetic enough to
+// hide what the processor fetches by itself.
 template <int N, class S, int P>
 class Ahead {
 public:
     using View = LaneView<N, S, P>;
 
-    MBF_FN Ahead(const S* storage, const View& a, const View& b, const View& c, int64_t first)
-        : triangle_(storage + block_offset(N, first)),
+    MBF_FN Ahead(const S* storage, const View& a, const View& b, const View& c, int n_, int64_t first)
+        : n_(n_),
+          triangle_(storage + block_offset(size_of<N>(n_), first)),
           views_{&a, &b, &c},
           starts_{a.block(first), b.block(first), c.block(first)} {}
 
     MBF_FN void fetch_share() {
-        if (N == 0) return;
+        const int n = size_of<N>(n_);
+        if (n > kLargest) return;
+        const int share = share_of(is_tiled(n) ? triangle_size(n) : padded_triangle_size(n));
         MBF_UNROLL
-        for (int i = 0; i < kTriangleShare; ++i) __builtin_prefetch(triangle_ + i * kLine, 1);
-        triangle_ += kTriangleShare * kLine;
+        for (int i = 0; i < share; ++i) __builtin_prefetch(triangle_ + i * kLine, 1);
+        triangle_ += share * kLine;
         for (int v = 0; v < 3; ++v)
-            for (int i = line_; i < line_ + kVectorShare; ++i) __builtin_prefetch(views_[v]->line(starts_[v], i), 1);
-        line_ += kVectorShare;
+            for (int i = line_; i < line_ + share_of(n); ++i) __builtin_prefetch(views_[v]->line(starts_[v], i), 1);
+        line_ += share_of(n);
     }
 
 private:
-    static constexpr int kShares = N > 0 ? 10 : 1;  // as many as a step asks for
+    static constexpr int kShares = 10;  // as many as a step asks for
+    static constexpr int kLargest = 64;
     static constexpr int kLine = 64 / sizeof(S);
-    static constexpr int kLinesPerEntry = P * kRegisterBytes / 64;
-    static constexpr int kTriangleShare = (triangle_size(N) * kLinesPerEntry + kShares - 1) / kShares;
-    static constexpr int kVectorShare = (N * kLinesPerEntry + kShares - 1) / kShares;
 
+    // Lines in a share of `entries` entries of a pack.
+    MBF_FN static constexpr int share_of(int entries) {
+        return (entries * P * kRegisterBytes / 64 + kShares - 1) / kShares;
+    }
+
+    const int n_;
     const S* triangle_;
     const View* const views_[3];
     const S* const starts_[3];
