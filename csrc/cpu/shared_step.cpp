@@ -124,6 +124,7 @@ public:
           n(n),
           ld(padded_row<S>(n)),
           square_decay(parameters.square_decay),
+          square_rest(1 - parameters.square_decay),
           grad(problem.grad, n, problem.samples),
           momentum(problem.momentum, n, problem.samples),
           square(problem.square, n, problem.samples),
@@ -244,7 +245,7 @@ private:
     S prepare(int r, int64_t sample) const {
         grad.prefetch(sample + kTileRows);
         momentum.prefetch(sample + kTileRows);
-        const S mu = q.momentum, sign = q.maximize ? -1 : 1, beta = square_decay, rest = 1 - square_decay;
+        const S mu = q.momentum, sign = q.maximize ? -1 : 1, beta = square_decay, rest = square_rest;
         const S scale = 1 / problem.square_weight, eps = q.eps;
         V adam{};
         for (int k = 0; k < ld; k += W) {
@@ -314,7 +315,7 @@ private:
     const SharedProblem& problem;
     const Parameters& q;
     const int n, ld;
-    const S square_decay;
+    const S square_decay, square_rest;  // the rest from the double: 1 - S(0.999) has three digits less
     Rows<layout> grad, momentum, square, param;
     double *u, *y, *wide_inverse;  // L^T, L^-1 and their product, the inverse
     S *statistic, *inverse, *packed;
