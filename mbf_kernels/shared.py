@@ -38,9 +38,13 @@ def mbf_shared_step_(
     """One optimizer step for each tensor; returns the info of all matrices in a row."""
     if options.update:
         for fisher, grad in zip(fishers, grads, strict=True):
+            if not grad[0].numel():  # the mean of none
+                continue
             kernels.accumulate_(fisher, _flat(grad, fisher), options.decay)
     lowers, infos = _factored(kernels, fishers, factors, options)
     for i, lower in enumerate(lowers):
+        if not params[i][0].numel():
+            continue
         bad = _move(
             kernels, params[i], grads[i], momenta[i], squares[i] if squares else None, lower,
             momentum_weights[i], square_weights[i], options,

@@ -58,7 +58,7 @@ class SharedView:
             self.parts.append(Staged(parts[1], lambda t: _one_stride(tuple(t.shape), t.stride())))
             last = (self.parts[1].staged.data_ptr(), *self.parts[1].strides)
         self.native = ((main.staged.data_ptr(), *main.strides), last)
-        self.samples = parts[0].numel() // (count * (n - len(parts) + 1))
+        self.samples = parts[0].numel() // max(count * (n - len(parts) + 1), 1)
 
     @property
     def in_place(self) -> bool:
@@ -124,7 +124,8 @@ class FlatView(Staged):
             order = _steps(like)
 
         def copy(tensor: Tensor) -> Tensor:
-            return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype).copy_(tensor)
+            strided = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
+            return strided.copy_(tensor)
 
         super().__init__(tensor, lambda t: (1, *t.stride()) if _steps(t) == order else None, copy)
 
