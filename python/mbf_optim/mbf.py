@@ -215,21 +215,24 @@ class MBF(Optimizer):
 
     def _forget(self) -> None:
         """What is derived from parameters and state: made again when it is needed."""
-        self._known_layers: list[list[Layer]] | None = None
+        self._known_params: list[list[int]] | None = None
+        self._known_layers: list[list[Layer]] = []
         self._plans: dict[int, Plan] = {}
 
     def _layers(self) -> Iterator[tuple[dict, list[Layer]]]:
-        if self._known_layers is None:
-            first, self._known_layers = 0, []
+        params = [list(map(id, group["params"])) for group in self.param_groups]
+        if self._known_params != params:
+            self._forget()
+            first, self._known_params = 0, params
             for group in self.param_groups:
                 self._known_layers.append(layers_of(group, first))
                 first += len(group["params"])
         return zip(self.param_groups, self._known_layers, strict=True)
 
     def _plan(self, index: int, group: dict) -> Plan:
-        """How the group steps now. Making a plan may share or part clocks, so it ends the plans of other groups."""
+        """How the group steps now."""
         plan = self._plans.get(index)
-        if plan is None or not plan.fits(group):
+        if plan is None or not plan.fits(group, self.state):
             layers = list(self._layers())[index][1]
             for layer in layers:
                 if layer.has_grad():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from operator import is_
 
+import torch
 from torch import Tensor
 
 from .layers import Layer
@@ -15,7 +18,7 @@ STRUCTURAL = ("capturable", "update_interval", "factor_interval", "graft")
 
 
 class Plan:
-    """The steps of those layers of a group that have gradients, while it stays those."""
+    """The steps of those layers of a group that have gradients, while it stays those and their state what it is."""
 
     def __init__(self, group: dict, layers: list[Layer], states: dict):
         self._present = _present(group)
@@ -37,9 +40,14 @@ class Plan:
             )
         ]
         self._launches = launches_of(tasks, group)
+        self._found = list(_objects(group, states))
 
-    def fits(self, group: dict) -> bool:
-        return _present(group) == self._present and [group[name] for name in STRUCTURAL] == self._options
+    def fits(self, group: dict, states: dict) -> bool:
+        return (
+            _present(group) == self._present
+            and [group[name] for name in STRUCTURAL] == self._options
+            and all(map(is_, _objects(group, states), self._found))
+        )
 
     def step(self, group: dict) -> None:
         """``group``: with its numbers as steps use them."""
@@ -66,8 +74,14 @@ class Plan:
             copy.write_back()
 
 
-def _present(group: dict) -> list[bool]:
-    return [param.grad is not None for param in group["params"]]
+def _present(group: dict) -> list[torch.layout | None]:
+    grads = [param.grad for param in group["params"]]
+    return [grad.layout if grad is not None else None for grad in grads]
+
+
+def _objects(group: dict, states: dict) -> Iterator[object]:
+    """The parameters and all that states hold: any may be replaced between steps. At last an end, which nothing is."""
+    return chain(group["params"], chain.from_iterable(map(dict.values, states.values())), (Plan,))
 
 
 def _share(layers: Sequence[Layer], states: dict, group: dict) -> list[tuple[HostClock | DeviceClock, int]]:
