@@ -115,22 +115,28 @@ class Launch:
     """A step's launch, kept to be repeated over the same tensors with other gradients."""
 
     def __init__(
-        self, problems: _C.Problems | _C.SharedProblems | _C.DiagonalProblems, start: Callable[[StepOptions], None],
-        weight: Callable[[float | Tensor], float | tuple], keep: object,
-    ):  # fmt: skip
-        self._problems, self._start, self._weight = problems, start, weight
-        self._keep = keep  # memory that the problems point to
+        self,
+        native: Native,
+        problems: _C.Problems | _C.SharedProblems | _C.DiagonalProblems,
+        start: Callable[..., None],  # called with the problems, parameters and beta_2
+        keep: object = None,  # memory that the problems point to
+    ):
+        self._native, self._problems, self._start, self._keep = native, problems, start, keep
+
+    def set_options(self, options: StepOptions) -> None:
+        """Needed before the first call."""
+        self._parameters, self._diagonal_decay = self._native.parameters(options), options.diagonal_decay
 
     def __call__(
         self,
         gradients: list[int],  # addresses
         momentum_weight: float | Tensor,
         second_weight: float | Tensor,  # of F, or of v
-        options: StepOptions,
     ) -> None:
+        number = self._native.number
         self._problems.set_gradients(gradients)
-        self._problems.set_weights(self._weight(momentum_weight), self._weight(second_weight))
-        self._start(options)
+        self._problems.set_weights(number(momentum_weight), number(second_weight))
+        self._start(self._problems, self._parameters, self._diagonal_decay)
 
 
 class Native:
@@ -153,7 +159,7 @@ class Native:
         lower = _new_factor(fisher)
         info = _new_info(fisher.data, fisher.count)
         problem = _C.Problem(count=fisher.count, fisher=_address(fisher), factor=_address(lower), info=info.data_ptr())
-        self._launch(_C.Op.factor, fisher, [problem], damping=self._number(damping), relative=relative)
+        self._launch(_C.Op.factor, fisher, [problem], damping=self.number(damping), relative=relative)
         return lower, info
 
     def solve(self, factor: SymmetricBlocks, rhs: Tensor) -> Tensor:
@@ -175,7 +181,7 @@ class Native:
         )  # fmt: skip
         self._launch(
             _C.Op.accumulate_factor_solve_, fisher, [problem],
-            decay=decay, damping=self._number(damping), relative=relative,
+            decay=decay, damping=self.number(damping), relative=relative,
         )  # fmt: skip
         return x, info
 
@@ -195,7 +201,7 @@ class Native:
         problems, views = self._step_problems(
             params, grads, momenta, fishers, factors, skipped, info, momentum_weights, fisher_weights
         )
-        self._start_step(fishers[0], problems, options)
+        self._start_step(fishers[0], problems, self.parameters(options))
         for view in views:
             view.write_back()
         return info
@@ -215,7 +221,7 @@ class Native:
         problems, views = self._step_problems(params, grads, momenta, fishers, factors, skipped, info, ones, ones)
         if not all(view.in_place for view in views):
             return None
-        return Launch(problems, partial(self._start_step, fishers[0], problems), self._number, info)
+        return Launch(self, problems, partial(self._start_step, fishers[0]), info)
 
     def _step_problems(
         self, params, grads, momenta, fishers, factors, skipped, info, momentum_weights, fisher_weights
@@ -232,8 +238,8 @@ class Native:
                 factor=_address(factors[i]) if factors else 0,
                 info=info_address,
                 skipped=skipped[i].data_ptr() if skipped else 0,
-                momentum_weight=self._number(momentum_weights[i]),
-                fisher_weight=self._number(fisher_weights[i]),
+                momentum_weight=self.number(momentum_weights[i]),
+                fisher_weight=self.number(fisher_weights[i]),
                 grad=grad.native,
                 rhs=momentum.native,
                 out=param.native,
@@ -242,8 +248,10 @@ class Native:
             info_address += fisher.count * 4 if info is not None else 0
         return _C.Problems(problems), views
 
-    def _start_step(self, like: SymmetricBlocks, problems: _C.Problems, options: StepOptions) -> None:
-        self._start(_C.Op.mbf_step_, like.data, like.size, problems, self._parameters(options))
+    def _start_step(
+        self, like: SymmetricBlocks, problems: _C.Problems, parameters: _C.Parameters, diagonal_decay: float = 0.0
+    ) -> None:
+        self._start(_C.Op.mbf_step_, like.data, like.size, problems, parameters)
 
     def mbf_shared_step_(self, *arguments) -> Tensor:
         return shared.mbf_shared_step_(self, *arguments)
@@ -260,14 +268,14 @@ class Native:
     def _launch(self, op: _C.Op, blocks: SymmetricBlocks, problems: list[_C.Problem], **parameters) -> None:
         self._start(op, blocks.data, blocks.size, _C.Problems(problems), _C.Parameters(**parameters))
 
-    def _parameters(self, o: StepOptions) -> _C.Parameters:
+    def parameters(self, o: StepOptions) -> _C.Parameters:
         return _C.Parameters(
-            lr=self._number(o.lr), momentum=o.momentum, decay=o.decay, damping=self._number(o.damping),
+            lr=self.number(o.lr), momentum=o.momentum, decay=o.decay, damping=self.number(o.damping),
             weight_decay=o.weight_decay, eps=o.eps, relative=o.relative, graft=o.graft, nesterov=o.nesterov,
             maximize=o.maximize, update=o.update, refactor=o.refactor,
         )  # fmt: skip
 
-    def _number(self, value: float | Tensor) -> float | tuple[int, _C.DType]:
+    def number(self, value: float | Tensor) -> float | tuple[int, _C.DType]:
         """A number as ``_C`` takes it: by value, or by its address on the device."""
         if isinstance(value, Tensor) and self._reads_device_numbers:
             return value.data_ptr(), _dtype(value.dtype)
@@ -297,7 +305,7 @@ class Cpu(Native):
         problems, views = self._shared_problems(
             params, grads, momenta, squares, fishers, factors, skipped, info, momentum_weights, square_weights
         )
-        self._start_shared(fishers[0], problems, options)
+        _start_shared(fishers[0], problems, self.parameters(options), options.diagonal_decay)
         for view in views:
             view.write_back()
         return info
@@ -309,7 +317,7 @@ class Cpu(Native):
         )
         if not all(view.in_place for view in views):
             return None
-        return Launch(problems, partial(self._start_shared, fishers[0], problems), float, None)
+        return Launch(self, problems, partial(_start_shared, fishers[0]))
 
     def _shared_problems(
         self, params, grads, momenta, squares, fishers, factors, skipped, info, momentum_weights, square_weights
@@ -341,12 +349,6 @@ class Cpu(Native):
             info_address += count * 4 if info is not None else 0
         return _C.SharedProblems(problems), views
 
-    def _start_shared(self, like: SymmetricBlocks, problems: _C.SharedProblems, options: StepOptions) -> None:
-        parameters = self._parameters(options)
-        threads = torch.get_num_threads()
-        dtype = _dtype(like.dtype)
-        _C.cpu_launch_shared(dtype, like.size, problems, parameters, options.diagonal_decay, threads)
-
     def mbf_diagonal_step_(
         self,
         params: Sequence[Tensor],
@@ -358,7 +360,7 @@ class Cpu(Native):
         options: StepOptions,
     ) -> None:
         problems, views = _diagonal_problems(params, grads, momenta, squares, momentum_weights, square_weights)
-        self._start_diagonal(params[0], problems, options)
+        _start_diagonal(params[0], problems, self.parameters(options), options.diagonal_decay)
         for view in views:
             view.write_back()
 
@@ -367,12 +369,20 @@ class Cpu(Native):
         problems, views = _diagonal_problems(params, grads, momenta, squares, ones, ones)
         if not all(view.in_place for view in views):
             return None
-        return Launch(problems, partial(self._start_diagonal, params[0], problems), float, None)
+        return Launch(self, problems, partial(_start_diagonal, params[0]))
 
-    def _start_diagonal(self, like: Tensor, problems: _C.DiagonalProblems, options: StepOptions) -> None:
-        parameters = self._parameters(options)
-        threads = torch.get_num_threads()
-        _C.cpu_launch_diagonal(_dtype(like.dtype), problems, parameters, options.diagonal_decay, threads)
+
+def _start_shared(
+    like: SymmetricBlocks, problems: _C.SharedProblems, parameters: _C.Parameters, diagonal_decay: float
+) -> None:
+    threads = torch.get_num_threads()
+    _C.cpu_launch_shared(_dtype(like.dtype), like.size, problems, parameters, diagonal_decay, threads)
+
+
+def _start_diagonal(
+    like: Tensor, problems: _C.DiagonalProblems, parameters: _C.Parameters, diagonal_decay: float
+) -> None:
+    _C.cpu_launch_diagonal(_dtype(like.dtype), problems, parameters, diagonal_decay, torch.get_num_threads())
 
 
 def _diagonal_problems(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import add
 from typing import Any
 
 import torch
@@ -49,9 +50,11 @@ class PreparedStep:
         self._tensors = {"params": params, "momenta": momenta, "squares": squares}
         self._matrices = {"fishers": fishers, "factors": factors, "skipped": skipped}
         self._views = views or [(None,) * len(parts) for parts in params]
+        self._params = [part for parts in params for part in parts]
+        others = [part for group in (momenta, squares) for parts in group or () for part in parts]
         blocks = [block.data for group in (fishers, factors) for block in group or ()]
-        vectors = [part for group in self._tensors.values() for parts in group or () for part in parts]
-        self._written = [*vectors, *blocks, *(skipped or ())]
+        self._written = [*self._params, *others, *blocks]
+        self._counters = [counter.untyped_storage() for counter in skipped or ()]  # stay valid, wherever they move
         self._size = fishers[0].size if fishers else 1
         self._kept: _Kept | None = None
 
@@ -64,21 +67,24 @@ class PreparedStep:
         **options,  # of the op
     ) -> None:
         """Raises what the op raises."""
-        backend = choose(self._op, self._written[0].device, self._size)
+        backend = choose(self._op, self._params[0].device, self._size)
         kept = self._kept
         if kept is None or not kept.fits(backend, grads, self._written):
             self._run(grads, momentum_weight, second_weight, options)
             self._kept = _Kept.of(self, backend, grads)
             return
-        checked = step_options(self._op, **options)
-        checked.check(self._op)
-        kept.launch(kept.gradients(grads), momentum_weight, second_weight, checked)
-        torch.autograd.graph.increment_version(self._written)
+        kept(grads, momentum_weight, second_weight, options)
+        torch.autograd.graph.increment_version(self._params)
 
-    def _run(self, grads: Sequence[Tensor], momentum_weight, second_weight, options: dict) -> None:
+    def _run(
+        self, grads: Sequence[Tensor], momentum_weight: float | Tensor, second_weight: float | Tensor, options: dict
+    ) -> None:
+        for i, grad in enumerate(grads):
+            if grad.layout != torch.strided:
+                raise TypeError(f"{self._op}: expected grads[{i}] to be a dense tensor, got layout {grad.layout}")
         second = "fisher_weight" if self._op == "mbf_step_" else "square_weight"
         weights = {"momentum_weight": momentum_weight, second: second_weight}
-        matrices = {name: value for name, value in self._matrices.items() if self._matrices["fishers"] is not None}
+        matrices = self._matrices if self._matrices["fishers"] is not None else {}
         _OPS[self._op](**self._arguments(grads), **matrices, **weights, **options)
 
     def _arguments(self, grads: Sequence[Tensor]) -> dict[str, list]:
@@ -104,14 +110,20 @@ class _Kept:
     """A launch, and what it was made for."""
 
     def __init__(
-        self, launch: Any, backend: Any, written: Sequence[Tensor], grads: Sequence[Tensor], offsets: list[int]
+        self,
+        op: str,
+        launch: Any,
+        backend: Any,
+        written: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        offsets: list[int],  # from the address of a gradient to that of its view
     ):
-        self.launch = launch
-        self._backend = backend
+        self._op, self._launch, self._backend = op, launch, backend
         self._addresses = list(map(Tensor.data_ptr, written))
         self._strides = list(map(Tensor.stride, grads))
-        self._kinds = {(grad.dtype, grad.device) for grad in grads}
+        self._dtypes = {grad.dtype for grad in grads}
         self._offsets = offsets if any(offsets) else None
+        self._options: dict | None = None  # those that the launch last had, where they are numbers
 
     @classmethod
     def of(cls, step: PreparedStep, backend: Any, grads: Sequence[Tensor]) -> _Kept | None:
@@ -120,26 +132,47 @@ class _Kept:
         if prepare is None:
             return None
         arguments = step._arguments(grads)
-        names = ("params", "grads", "momenta", "squares") if step._op != "mbf_step_" else ("params", "grads", "momenta")
-        tensors = [arguments[name] or [] for name in names]
-        if step._op == "mbf_shared_step_":
-            tensors = [[parts if isinstance(parts, tuple) else (parts,) for parts in entries] for entries in tensors]
-        matrices = [value or [] for value in step._matrices.values()] if step._matrices["fishers"] else []
+        entries = {name: [_entry(parts) for parts in group or ()] for name, group in arguments.items()}
+        tensors = [
+            group if step._op == "mbf_shared_step_" else [part for parts in group for part in parts]
+            for group in (entries[name] for name in ("params", "grads", "momenta", "squares") if name in entries)
+        ]
+        matrices = [value or [] for value in step._matrices.values()] if step._matrices["fishers"] is not None else []
         launch = prepare(*tensors, *matrices)
         if launch is None:
             return None
-        flat = [part for parts in arguments["grads"] for part in (parts if isinstance(parts, tuple) else (parts,))]
-        offsets = [view.data_ptr() - grad.data_ptr() for view, grad in zip(flat, grads, strict=True)]
-        return cls(launch, backend, step._written, grads, offsets)
+        views = [part for parts in entries["grads"] for part in parts]
+        offsets = [view.data_ptr() - grad.data_ptr() for view, grad in zip(views, grads, strict=True)]
+        return cls(step._op, launch, backend, step._written, grads, offsets)
 
     def fits(self, backend: Any, grads: Sequence[Tensor], written: Sequence[Tensor]) -> bool:
+        """Whether all is where it was, and the gradients are laid out as they were. A gradient is on the device and of
+        the shape of its parameter: torch sees to that."""
+        try:
+            strides = list(map(Tensor.stride, grads))
+        except RuntimeError:  # not strided
+            return False
         return (
             backend is self._backend
-            and list(map(Tensor.stride, grads)) == self._strides
+            and strides == self._strides
             and list(map(Tensor.data_ptr, written)) == self._addresses
-            and {(grad.dtype, grad.device) for grad in grads} == self._kinds
+            and {grad.dtype for grad in grads} == self._dtypes
         )
 
-    def gradients(self, grads: Sequence[Tensor]) -> list[int]:
+    def __call__(
+        self, grads: Sequence[Tensor], momentum_weight: float | Tensor, second_weight: float | Tensor, options: dict
+    ) -> None:
+        on_device = isinstance(options["lr"], Tensor) or isinstance(options.get("damping"), Tensor)
+        if on_device or options != self._options:
+            checked = step_options(self._op, **options)
+            checked.check(self._op)
+            self._launch.set_options(checked)
+            self._options = None if on_device else options
         addresses = list(map(Tensor.data_ptr, grads))
-        return [a + o for a, o in zip(addresses, self._offsets, strict=True)] if self._offsets else addresses
+        if self._offsets:
+            addresses = list(map(add, addresses, self._offsets))
+        self._launch(addresses, momentum_weight, second_weight)
+
+
+def _entry(parts: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return parts if isinstance(parts, tuple) else (parts,)

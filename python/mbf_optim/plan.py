@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
-from operator import is_
+from collections.abc import Collection, Iterable, Sequence
+from operator import is_, itemgetter
 
 import torch
 from torch import Tensor
@@ -15,13 +14,14 @@ from .tasks import Copies, Tensors, launches_of, tasks_of
 
 # Options that decide what is launched together; the others are read at every step.
 STRUCTURAL = ("capturable", "update_interval", "factor_interval", "graft")
+WRITTEN = ("momentum", "second_moment", "fisher", "fisher_tail")  # entries of a state that launches write
 
 
 class Plan:
     """The steps of those layers of a group that have gradients, while it stays those and their state what it is."""
 
     def __init__(self, group: dict, layers: list[Layer], states: dict):
-        self._present = _present(group)
+        self._layouts = _layouts(gradients(group))
         self._options = [group[name] for name in STRUCTURAL]
         indices = {id(param): i for i, param in enumerate(group["params"])}
         stepping = [layer for layer in layers if layer.has_grad()]
@@ -40,26 +40,30 @@ class Plan:
             )
         ]
         self._launches = launches_of(tasks, group)
-        self._found = list(_objects(group, states))
+        params = [param for layer in stepping for param in layer.params]
+        self._params, self._state_of_each = list(group["params"]), list(states.values())
+        self._written = [_Held(name, [states[p] for p in params if name in states[p]]) for name in WRITTEN]
 
-    def fits(self, group: dict, states: dict) -> bool:
+    def fits(self, group: dict, grads: Sequence[Tensor | None], states: dict) -> bool:
         return (
-            _present(group) == self._present
+            _layouts(grads) == self._layouts
             and [group[name] for name in STRUCTURAL] == self._options
-            and all(map(is_, _objects(group, states), self._found))
+            and _are(group["params"], self._params)
+            and _are(states.values(), self._state_of_each)
+            and all(held.is_current() for held in self._written)
         )
 
-    def step(self, group: dict) -> None:
-        """``group``: with its numbers as steps use them."""
+    def step(self, group: dict, grads: Sequence[Tensor | None]) -> None:
+        """``group``: with its numbers as steps use them; ``grads``: of its params."""
         if group["capturable"]:
             advance_on_device([clock for clock, _ in self._clocks], group)
         else:
             for clock, update_interval in self._clocks:
                 clock.advance(group, update_interval)
-        grads = [param.grad for param in group["params"]]
         for launch in self._launches:
             launch(grads, group)
-        self._step_copies(group)
+        if self._copied:
+            self._step_copies(group)
 
     def _step_copies(self, group: dict) -> None:
         copies = [Copies(layer, self._states) for layer in self._copied]
@@ -74,14 +78,30 @@ class Plan:
             copy.write_back()
 
 
-def _present(group: dict) -> list[torch.layout | None]:
-    grads = [param.grad for param in group["params"]]
-    return [grad.layout if grad is not None else None for grad in grads]
+class _Held:
+    """One entry of many states, to notice that a user has put another tensor there, as when offloading."""
+
+    def __init__(self, name: str, states: list[dict]):
+        self._get, self._states = itemgetter(name), states
+        self._tensors = list(map(self._get, states))
+
+    def is_current(self) -> bool:
+        try:
+            return all(map(is_, map(self._get, self._states), self._tensors))
+        except KeyError:  # taken out
+            return False
 
 
-def _objects(group: dict, states: dict) -> Iterator[object]:
-    """The parameters and all that states hold: any may be replaced between steps. At last an end, which nothing is."""
-    return chain(group["params"], chain.from_iterable(map(dict.values, states.values())), (Plan,))
+def gradients(group: dict) -> list[Tensor | None]:
+    return [param.grad for param in group["params"]]
+
+
+def _layouts(grads: Sequence[Tensor | None]) -> list[torch.layout | None]:
+    return [None if grad is None else grad.layout for grad in grads]
+
+
+def _are(found: Collection, expected: Collection) -> bool:
+    return len(found) == len(expected) and all(map(is_, found, expected))
 
 
 def _share(layers: Sequence[Layer], states: dict, group: dict) -> list[tuple[HostClock | DeviceClock, int]]:
