@@ -24,7 +24,7 @@ from mbf_kernels.testing import (
 # Lanes, tiles of 6 mini-blocks, chunks of 64, storage (20), torch.linalg (129).
 SIZES = (*range(1, 18), 20, 21, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 SAMPLES = (1, 5, 6, 7, 63, 64, 65, 130)
-CASES = [(n, SAMPLES[i % len(SAMPLES)], (1, 2, 5)[i % 3]) for i, n in enumerate(SIZES)]
+CASES = [(n, SAMPLES[i % len(SAMPLES)], (1, 2, 5)[i % 3] if n < 64 else 2) for i, n in enumerate(SIZES)]
 CASES += [(n, s, 2) for n in (3, 9, 17, 33) for s in SAMPLES]
 DTYPES = (torch.float32, torch.float64)
 STEP = dict(lr=0.1, momentum=0.9, decay=0.9, damping=0.5)
@@ -345,12 +345,12 @@ def pair(rows=None, gaps=False):
 
 @pytest.mark.parametrize("size, samples", [(n, SAMPLES[i % len(SAMPLES)]) for i, n in enumerate(SIZES) if n > 1])
 @over_dtypes
-@pytest.mark.parametrize("graft", [None, "adam"])
-def test_a_bias_joins(backend, device, size, samples, dtype, graft):
+def test_a_bias_joins(backend, device, size, samples, dtype):
     """The pair gives the bits of the tensor that has both, where kernels serve it, and nothing around it changes."""
     joined = Problem([(samples, 1)], size, dtype, device, pair(gaps=size % 2 == 0))
     written = [part for entry in (joined.params[0], joined.momenta[0], joined.squares[0]) for part in entry]
     canaries = [untouched(t).clone() for t in written]
+    graft = "adam" if samples % 2 else None
     joined.step(graft=graft)
     joined.check(graft=graft)
     for t, canary in zip(written, canaries, strict=True):
