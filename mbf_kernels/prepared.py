@@ -127,7 +127,8 @@ class _Kept:
         self._strides_of_written = list(map(Tensor.stride, self._strided))
         self._strides = list(map(Tensor.stride, grads))
         self._numels = list(map(Tensor.numel, grads))
-        self._dtypes = {grad.dtype for grad in grads}
+        self._dtypes = [grad.dtype for grad in grads]
+        self._devices = [grad.device for grad in grads]
         self._names, self._like = names, written[:1]
         self._offsets = offsets if any(offsets) else None
         self._options: dict | None = None  # those that the launch last had, where they are numbers
@@ -153,8 +154,8 @@ class _Kept:
         return cls(step._op, launch, backend, step._written, grads, offsets, set(options))
 
     def fits(self, backend: Any, grads: Sequence[Tensor], written: Sequence[Tensor], options: dict) -> bool:
-        """Whether all is where it was and laid out as it was, with the same options given. A gradient is on the device
-        and of the shape of its parameter, torch sees to that; here numbers of elements and strides stand for shapes."""
+        """Whether all is where it was and laid out as it was, with the same options given; numbers of elements and
+        strides stand for shapes."""
         try:
             strides = list(map(Tensor.stride, grads))
         except RuntimeError:  # not strided
@@ -166,7 +167,8 @@ class _Kept:
             and list(map(Tensor.data_ptr, written)) == self._addresses
             and list(map(Tensor.stride, self._strided)) == self._strides_of_written
             and options.keys() == self._names
-            and {grad.dtype for grad in grads} == self._dtypes
+            and [grad.dtype for grad in grads] == self._dtypes
+            and [grad.device for grad in grads] == self._devices
         )
 
     def __call__(
