@@ -26,11 +26,23 @@ std::vector<Isa> detect_isas() {
 #ifdef MBF_X86
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512bw"))
-        found.push_back({"avx512", 64, {run_avx512_float, run_avx512_double}, {shared_avx512_float, shared_avx512_double}, {diagonal_avx512_float, diagonal_avx512_double}});
+        found.push_back({"avx512",
+                         64,
+                         {run_avx512_float, run_avx512_double},
+                         {shared_avx512_float, shared_avx512_double},
+                         {diagonal_avx512_float, diagonal_avx512_double}});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        found.push_back({"avx2", 32, {run_avx2_float, run_avx2_double}, {shared_avx2_float, shared_avx2_double}, {diagonal_avx2_float, diagonal_avx2_double}});
+        found.push_back({"avx2",
+                         32,
+                         {run_avx2_float, run_avx2_double},
+                         {shared_avx2_float, shared_avx2_double},
+                         {diagonal_avx2_float, diagonal_avx2_double}});
 #endif
-    found.push_back({"baseline", 16, {run_baseline_float, run_baseline_double}, {shared_baseline_float, shared_baseline_double}, {diagonal_baseline_float, diagonal_baseline_double}});
+    found.push_back({"baseline",
+                     16,
+                     {run_baseline_float, run_baseline_double},
+                     {shared_baseline_float, shared_baseline_double},
+                     {diagonal_baseline_float, diagonal_baseline_double}});
     return found;
 }
 
@@ -154,14 +166,15 @@ void launch_diagonal(DType dtype, const std::vector<DiagonalProblem>& problems, 
     for (const DiagonalProblem& problem : problems) elements += problem.count;
     const DiagonalKernel kernel = current_isa()->diagonal[static_cast<int>(dtype)];
     constexpr int kLine = 16;  // elements: threads never write to one cache line
-    parallel_for(elements / kLine + 1, useful_threads(threads, elements / kLine, 8.0 * elements), [&](int64_t begin, int64_t end) {
-        begin *= kLine, end *= kLine;
-        for (const DiagonalProblem& problem : problems) {
-            const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, problem.count);
-            if (first < last) kernel(problem, parameters, first, last);
-            begin -= problem.count, end -= problem.count;
-        }
-    });
+    parallel_for(elements / kLine + 1, useful_threads(threads, elements / kLine, 8.0 * elements),
+                 [&](int64_t begin, int64_t end) {
+                     begin *= kLine, end *= kLine;
+                     for (const DiagonalProblem& problem : problems) {
+                         const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, problem.count);
+                         if (first < last) kernel(problem, parameters, first, last);
+                         begin -= problem.count, end -= problem.count;
+                     }
+                 });
 }
 
 }  // namespace mbf::cpu

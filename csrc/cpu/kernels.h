@@ -36,12 +36,12 @@ using SharedKernel = void (*)(const SharedProblem& problem, const MomentParamete
 using DiagonalKernel = void (*)(const DiagonalProblem& problem, const MomentParameters& parameters, int64_t first,
                                 int64_t last);
 
-#define MBF_DECLARE_KERNELS(isa)                                                                        \
-    void run_##isa##_float(Op, const Problem&, const Parameters&, int, int64_t, int64_t, void*);        \
-    void run_##isa##_double(Op, const Problem&, const Parameters&, int, int64_t, int64_t, void*);       \
-    void shared_##isa##_float(const SharedProblem&, const MomentParameters&, int, int64_t, void*);      \
-    void shared_##isa##_double(const SharedProblem&, const MomentParameters&, int, int64_t, void*);     \
-    void diagonal_##isa##_float(const DiagonalProblem&, const MomentParameters&, int64_t, int64_t);     \
+#define MBF_DECLARE_KERNELS(isa)                                                                    \
+    void run_##isa##_float(Op, const Problem&, const Parameters&, int, int64_t, int64_t, void*);    \
+    void run_##isa##_double(Op, const Problem&, const Parameters&, int, int64_t, int64_t, void*);   \
+    void shared_##isa##_float(const SharedProblem&, const MomentParameters&, int, int64_t, void*);  \
+    void shared_##isa##_double(const SharedProblem&, const MomentParameters&, int, int64_t, void*); \
+    void diagonal_##isa##_float(const DiagonalProblem&, const MomentParameters&, int64_t, int64_t); \
     void diagonal_##isa##_double(const DiagonalProblem&, const MomentParameters&, int64_t, int64_t);
 MBF_DECLARE_KERNELS(baseline)
 MBF_DECLARE_KERNELS(avx2)
