@@ -203,7 +203,10 @@ def matrix_dimension(shape: Sequence[int], elements: int, count: int) -> int | N
     split = _split(shape, elements)
     if split is None:
         return None
-    split = min(split, len(shape) - 1)
+    if split == len(shape):  # one element: a dimension of its own all the same
+        split -= 1
+        if split < 0 or shape[split] != 1:
+            return None
     while split > 1 and shape[split - 1] == 1 != count:
         split -= 1
     return split - 1 if split > 0 and shape[split - 1] == count else None

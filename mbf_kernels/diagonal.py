@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .options import StepOptions
+from .rowwise import wide
 
 
 def mbf_diagonal_step_(
@@ -36,7 +37,8 @@ def _step(
     square_weight: float | Tensor,
     o: StepOptions,
 ) -> None:
-    dtype, lr = params[0].dtype, o.lr
+    dtype, lr = params[0].dtype, wide(o.lr)
+    momentum_weight, square_weight = wide(momentum_weight), wide(square_weight)
     torch._foreach_mul_(momenta, o.momentum)
     torch._foreach_add_(momenta, grads, alpha=-1 if o.maximize else 1)
     means = torch._foreach_mul(momenta, _as(dtype, (1 - o.momentum) / (momentum_weight if o.graft else 1)))

@@ -230,7 +230,8 @@ class Native:
         info_address = 0 if info is None else info.data_ptr()
         problems, views = [], []
         for i, fisher in enumerate(fishers):
-            grad, momentum, param = (View(tensor, size) for tensor in (grads[i], momenta[i], params[i]))
+            grad = View(grads[i], size, read_only=True)
+            momentum, param = View(momenta[i], size), View(params[i], size)
             views += [grad, momentum, param]
             problem = _C.Problem(
                 count=fisher.count,
@@ -332,7 +333,9 @@ class Cpu(Native):
                 "square": squares[i] if squares else None,
                 "param": params[i],
             }
-            views_here = {name: SharedView(parts, count, size) for name, parts in named.items() if parts}
+            views_here = {
+                name: SharedView(parts, count, size, read_only=name == "grad") for name, parts in named.items() if parts
+            }
             views += views_here.values()
             problem = _C.SharedProblem(
                 count=count,
@@ -390,9 +393,11 @@ def _diagonal_problems(
 ) -> tuple[_C.DiagonalProblems, list[FlatView]]:
     problems, views = [], []
     for i, tensors in enumerate(zip(grads, momenta, squares, params, strict=True)):
-        here = [FlatView(tensor, params[i]) for tensor in tensors]
-        views += here
         names = ("grad", "momentum", "square", "param")
+        here = [
+            FlatView(tensor, params[i], read_only=name == "grad") for name, tensor in zip(names, tensors, strict=True)
+        ]
+        views += here
         problem = _C.DiagonalProblem(
             count=params[i].numel(),
             momentum_weight=float(momentum_weights[i]),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checks
 from .backend import choose
 from .blocks import SymmetricBlocks
 from .options import step_options
@@ -69,10 +70,12 @@ class PreparedStep:
         """Raises what the op raises."""
         backend = choose(self._op, self._params[0].device, self._size)
         kept = self._kept
-        if kept is None or not kept.fits(backend, grads, self._written):
+        if kept is None or not kept.fits(backend, grads, self._written, options):
             self._run(grads, momentum_weight, second_weight, options)
-            self._kept = _Kept.of(self, backend, grads)
+            self._kept = _Kept.of(self, backend, grads, options)
             return
+        if torch.is_grad_enabled():
+            checks.no_grad(self._op, *self._written, *grads)
         kept(grads, momentum_weight, second_weight, options)
         torch.autograd.graph.increment_version(self._params)
 
@@ -82,8 +85,7 @@ class PreparedStep:
         for i, grad in enumerate(grads):
             if grad.layout != torch.strided:
                 raise TypeError(f"{self._op}: expected grads[{i}] to be a dense tensor, got layout {grad.layout}")
-        second = "fisher_weight" if self._op == "mbf_step_" else "square_weight"
-        weights = {"momentum_weight": momentum_weight, second: second_weight}
+        weights = {"momentum_weight": momentum_weight, _second_weight(self._op): second_weight}
         matrices = self._matrices if self._matrices["fishers"] is not None else {}
         _OPS[self._op](**self._arguments(grads), **matrices, **weights, **options)
 
@@ -117,16 +119,22 @@ class _Kept:
         written: Sequence[Tensor],
         grads: Sequence[Tensor],
         offsets: list[int],  # from the address of a gradient to that of its view
+        names: set[str],  # of the options
     ):
         self._op, self._launch, self._backend = op, launch, backend
         self._addresses = list(map(Tensor.data_ptr, written))
+        self._strided = [tensor for tensor in written if tensor.ndim > 1]  # a vector that stays keeps its stride
+        self._strides_of_written = list(map(Tensor.stride, self._strided))
         self._strides = list(map(Tensor.stride, grads))
-        self._dtypes = {grad.dtype for grad in grads}
+        self._numels = list(map(Tensor.numel, grads))
+        self._dtypes = [grad.dtype for grad in grads]
+        self._devices = [grad.device for grad in grads]
+        self._names, self._like = names, written[:1]
         self._offsets = offsets if any(offsets) else None
         self._options: dict | None = None  # those that the launch last had, where they are numbers
 
     @classmethod
-    def of(cls, step: PreparedStep, backend: Any, grads: Sequence[Tensor]) -> _Kept | None:
+    def of(cls, step: PreparedStep, backend: Any, grads: Sequence[Tensor], options: dict) -> _Kept | None:
         """None where the backend has no launch to keep."""
         prepare = getattr(backend, _PREPARE[step._op], None)
         if prepare is None:
@@ -143,11 +151,11 @@ class _Kept:
             return None
         views = [part for parts in entries["grads"] for part in parts]
         offsets = [view.data_ptr() - grad.data_ptr() for view, grad in zip(views, grads, strict=True)]
-        return cls(step._op, launch, backend, step._written, grads, offsets)
+        return cls(step._op, launch, backend, step._written, grads, offsets, set(options))
 
-    def fits(self, backend: Any, grads: Sequence[Tensor], written: Sequence[Tensor]) -> bool:
-        """Whether all is where it was, and the gradients are laid out as they were. A gradient is on the device and of
-        the shape of its parameter: torch sees to that."""
+    def fits(self, backend: Any, grads: Sequence[Tensor], written: Sequence[Tensor], options: dict) -> bool:
+        """Whether all is where it was and laid out as it was, with the same options given; numbers of elements and
+        strides stand for shapes."""
         try:
             strides = list(map(Tensor.stride, grads))
         except RuntimeError:  # not strided
@@ -155,8 +163,12 @@ class _Kept:
         return (
             backend is self._backend
             and strides == self._strides
+            and list(map(Tensor.numel, grads)) == self._numels
             and list(map(Tensor.data_ptr, written)) == self._addresses
-            and {grad.dtype for grad in grads} == self._dtypes
+            and list(map(Tensor.stride, self._strided)) == self._strides_of_written
+            and options.keys() == self._names
+            and [grad.dtype for grad in grads] == self._dtypes
+            and [grad.device for grad in grads] == self._devices
         )
 
     def __call__(
@@ -166,12 +178,25 @@ class _Kept:
         if on_device or options != self._options:
             checked = step_options(self._op, **options)
             checked.check(self._op)
+            numbers = {name: value for name in ("lr", "damping") if isinstance(value := options.get(name), Tensor)}
+            checks.device_scalars(self._op, self._like[0], **numbers)
             self._launch.set_options(checked)
             self._options = None if on_device else options
+        self._check_weight("momentum_weight", momentum_weight)
+        self._check_weight(_second_weight(self._op), second_weight)
         addresses = list(map(Tensor.data_ptr, grads))
         if self._offsets:
             addresses = list(map(add, addresses, self._offsets))
         self._launch(addresses, momentum_weight, second_weight)
+
+    def _check_weight(self, name: str, weight: float | Tensor) -> None:
+        is_tensor = isinstance(weight, Tensor)
+        numbers = [] if is_tensor else [checks.number(self._op, name, weight)]
+        checks.weights(self._op, name, numbers, [weight] if is_tensor else [], self._like)
+
+
+def _second_weight(op: str) -> str:
+    return "fisher_weight" if op == "mbf_step_" else "square_weight"
 
 
 def _entry(parts: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from . import shared
 from .blocks import SymmetricBlocks, pack_dense
 from .diagonal import mbf_diagonal_step_  # noqa: F401, one of this backend's ops
 from .options import StepOptions
-from .rowwise import first_bad, flag_nonfinite, length_ratio
+from .rowwise import first_bad, flag_nonfinite, length_ratio, wide
 
 
 def accumulate_(
@@ -121,10 +121,10 @@ def _step(
         info = flag_nonfinite(info, vector)
     good = info == 0
 
-    lr = _wide(o.lr)
+    lr = wide(o.lr)
     rate = lr * torch.ones_like(p[:, :1])
     if o.graft:
-        mean = (1 - o.momentum) / _wide(momentum_weight) * d
+        mean = (1 - o.momentum) / wide(momentum_weight) * d
         u = mean / ((updated.diagonal(dim1=1, dim2=2) / fisher_weight).sqrt() + o.eps)
         rate = lr * length_ratio(u, p)
     stepped = (1 - lr * o.weight_decay) * param.reshape(blocks) - rate * p
@@ -136,11 +136,6 @@ def _step(
     for tensor, new in ((momentum, m), (param, stepped)):
         tensor.copy_(torch.where(good[:, None], new, tensor.reshape(blocks)).view(tensor.shape))
     return info
-
-
-def _wide(number: float | Tensor) -> float | Tensor:
-    """Arithmetic among the numbers of a step is in double, on the device as in Python."""
-    return number.double() if isinstance(number, Tensor) else number
 
 
 def _accumulated(

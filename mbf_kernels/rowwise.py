@@ -1,4 +1,4 @@
-"""What every block of a batch tells of itself."""
+"""What every block of a batch tells of itself, and the numbers that all share."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def first_bad(good: Tensor) -> Tensor:
 
 def flag_nonfinite(info: Tensor, vector: Tensor) -> Tensor:
     return torch.where(info != 0, info, first_bad(vector.isfinite()))
+
+
+def wide(number: float | Tensor) -> float | Tensor:
+    """Arithmetic among the numbers of a step is in double, on the device as in Python."""
+    return number.double() if isinstance(number, Tensor) else number

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .blocks import SymmetricBlocks
 from .options import StepOptions
-from .rowwise import first_bad, length_ratio
+from .rowwise import first_bad, length_ratio, wide
 
 MAX_INVERTED_SIZE = 128  # up to here an inverse and a product, above it solves with the factor
 
@@ -38,9 +38,13 @@ def mbf_shared_step_(
     """One optimizer step for each tensor; returns the info of all matrices in a row."""
     if options.update:
         for fisher, grad in zip(fishers, grads, strict=True):
+            if not grad[0].numel():  # the mean of none
+                continue
             kernels.accumulate_(fisher, _flat(grad, fisher), options.decay)
     lowers, infos = _factored(kernels, fishers, factors, options)
     for i, lower in enumerate(lowers):
+        if not params[i][0].numel():
+            continue
         bad = _move(
             kernels, params[i], grads[i], momenta[i], squares[i] if squares else None, lower,
             momentum_weights[i], square_weights[i], options,
@@ -104,15 +108,16 @@ def _move(
     d = torch.add(g, m, alpha=o.momentum) if o.nesterov else m
     p = _directions(kernels, lower, d, unit_scale=o.graft)
     finite = d.isfinite().all(2, keepdim=True) & p.isfinite().all(2, keepdim=True)
-    rate = o.lr * p.new_ones(1)
+    lr = wide(o.lr)
+    rate = lr * p.new_ones(1)
     if o.graft:
         beta = o.diagonal_decay
         v = torch.addcmul(beta * _flat(square, lower), g, g, value=1 - beta)
         finite &= v.isfinite().all(2, keepdim=True)
         denominator = (v / square_weight).sqrt_().add_(o.eps)
         u = torch.where(denominator > 0, d / denominator, 0)
-        rate = o.lr * (1 - o.momentum) / momentum_weight * length_ratio(u, p)
-    w = torch.addcmul((1 - o.lr * o.weight_decay) * _flat(param, lower), rate.to(p.dtype), p, value=-1)
+        rate = lr * (1 - o.momentum) / wide(momentum_weight) * length_ratio(u, p)
+    w = torch.addcmul((1 - lr * o.weight_decay) * _flat(param, lower), rate.to(p.dtype), p, value=-1)
 
     good = finite & (lower.diagonal() > 0).all(1, keepdim=True)  # [S, R, 1]
     moved = [(param, w), (momentum, m)] + ([(square, v)] if o.graft else [])
@@ -130,7 +135,7 @@ def _directions(
     """P = (L L^T)^-1 D for every mini-block, [S, R, n]."""
     if lower.size > MAX_INVERTED_SIZE:
         p = kernels.solve(lower, d.permute(1, 2, 0)).permute(2, 0, 1)
-        return p / p.abs().amax((0, 2), keepdim=True).clamp_min(1e-30) if unit_scale else p
+        return p / p.abs().amax(2, keepdim=True).clamp_min(1e-30) if unit_scale else p
     # R small inverses, in double so that they cost no accuracy; then one matrix product serves all S.
     identity = torch.eye(lower.size, dtype=torch.float64, device=d.device).expand(lower.count, -1, -1)
     inverse = kernels.solve(lower.to(dtype=torch.float64), identity).to(d.dtype)

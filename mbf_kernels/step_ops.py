@@ -145,8 +145,9 @@ def mbf_shared_step_(
     checks.no_grad(op, *(tensor for tensors in flat.values() for tensor in tensors), *_on_device(options))
     lengths = [len(entry) for entry in parts["params"]]
     for name, entries in parts.items():
-        if [len(entry) for entry in entries] != lengths:
-            raise ValueError(f"{op}: expected pairs in {name} where params has them, and nowhere else")
+        found = [len(entry) for entry in entries]
+        if found != lengths:
+            raise ValueError(f"{op}: expected {name} of as many parts as params, {lengths}, got {found}")
     tensors = [flat["params"], flat["grads"], flat["momenta"], flat.get("squares", [])]
     info = torch.ops.mbf_kernels.mbf_shared_step_(*tensors, lengths, *matrices, *weights, *_numbers(options))
     return list(info.split([fisher.count for fisher in fishers]))

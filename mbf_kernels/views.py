@@ -23,8 +23,9 @@ class Staged:
         tensor: Tensor,
         strides_of: Callable[[Tensor], tuple[int, ...] | None],
         copy: Callable[[Tensor], Tensor] = Tensor.contiguous,
+        read_only: bool = False,
     ):
-        self.tensor = tensor
+        self.tensor, self._read_only = tensor, read_only
         strides = strides_of(tensor)
         self.staged = tensor if strides else copy(tensor)
         self.strides = strides or strides_of(self.staged)
@@ -34,15 +35,15 @@ class Staged:
         return self.staged is self.tensor
 
     def write_back(self) -> None:
-        if not self.in_place:
+        if not (self.in_place or self._read_only):
             self.tensor.copy_(self.staged)
 
 
 class View(Staged):
     """A tensor as blocks of n elements, for the kernels."""
 
-    def __init__(self, tensor: Tensor, n: int):
-        super().__init__(tensor, lambda t: block_strides(tuple(t.shape), t.stride(), n))
+    def __init__(self, tensor: Tensor, n: int, read_only: bool = False):
+        super().__init__(tensor, lambda t: block_strides(tuple(t.shape), t.stride(), n), read_only=read_only)
         self.native = (self.staged.data_ptr(), *self.strides)
 
 
@@ -50,15 +51,19 @@ class SharedView:
     """The mini-blocks of R matrices, [*samples, R, *elements of product n]; or of one matrix, n - 1 elements and a
     tensor of the last ones, [*samples]."""
 
-    def __init__(self, parts: Sequence[Tensor], count: int, n: int):
-        main = Staged(parts[0], lambda t: shared_strides(tuple(t.shape), t.stride(), count, n - len(parts) + 1))
+    def __init__(self, parts: Sequence[Tensor], count: int, n: int, read_only: bool = False):
+        elements = n - len(parts) + 1
+        main = Staged(
+            parts[0], lambda t: shared_strides(tuple(t.shape), t.stride(), count, elements), read_only=read_only
+        )
         self.parts = [main]
         last = (0, 0)
         if len(parts) == 2:
-            self.parts.append(Staged(parts[1], lambda t: _one_stride(tuple(t.shape), t.stride())))
+            last_one = Staged(parts[1], lambda t: _one_stride(tuple(t.shape), t.stride()), read_only=read_only)
+            self.parts.append(last_one)
             last = (self.parts[1].staged.data_ptr(), *self.parts[1].strides)
         self.native = ((main.staged.data_ptr(), *main.strides), last)
-        self.samples = parts[0].numel() // (count * (n - len(parts) + 1))
+        self.samples = parts[0].numel() // max(count * elements, 1)
 
     @property
     def in_place(self) -> bool:
@@ -117,16 +122,17 @@ def _levels(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int,
 class FlatView(Staged):
     """A tensor as elements without gaps, in the order of those of ``like``."""
 
-    def __init__(self, tensor: Tensor, like: Tensor):
+    def __init__(self, tensor: Tensor, like: Tensor, read_only: bool = False):
         order = _steps(like)
         if math.prod(size for size, _ in order) != 1 + sum((size - 1) * stride for size, stride in order):
             like = torch.empty(like.shape, device="meta")  # has gaps: the usual order
             order = _steps(like)
 
         def copy(tensor: Tensor) -> Tensor:
-            return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype).copy_(tensor)
+            strided = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
+            return strided.copy_(tensor)
 
-        super().__init__(tensor, lambda t: (1, *t.stride()) if _steps(t) == order else None, copy)
+        super().__init__(tensor, lambda t: (1, *t.stride()) if _steps(t) == order else None, copy, read_only)
 
 
 def _steps(tensor: Tensor) -> list[tuple[int, int]]:

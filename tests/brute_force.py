@@ -174,3 +174,48 @@ def block_step(w, g, m, f, *, lr, momentum, decay, damping, weight_decay=0.0, re
         u = (1 - momentum) / momentum_weight * d / (np.sqrt(np.diag(f) / fisher_weight) + eps)
         p = norm(u) / norm(p) * p if norm(p) > 0 else 0 * p
     return (1 - lr * weight_decay) * w - lr * p, m, f
+
+
+def shared_step(w, g, m, v, f, *, lr, momentum, decay, damping, weight_decay=0.0, diagonal_decay=0.999,
+                relative=False, graft=None, nesterov=False, eps=1e-8, momentum_weight=1.0, square_weight=1.0,
+                maximize=False, update=True, damped=None):  # fmt: skip
+    """One tensor of mbf_shared_step_: w, g, m, v [S, R, n] and f [R, n, n] in float64 -> the new w, m, v, f.
+
+    ``damped`` [R, n, n]: solve with these matrices, as with factors that are cached.
+    """
+    g = -g if maximize else g
+    new_w, new_m, new_v, new_f = w.copy(), momentum * m + g, v.copy(), f.copy()
+    if graft == "adam":
+        new_v = diagonal_decay * v + (1 - diagonal_decay) * g**2
+    for r in range(len(f)):
+        if update:
+            statistic = sum(np.outer(row, row) for row in g[:, r]) / len(g)
+            new_f[r] = decay * f[r] + (1 - decay) * statistic
+        a = damped[r] if damped is not None else damped_matrix(new_f[r], damping, relative)
+        d = momentum * new_m[:, r] + g[:, r] if nesterov else new_m[:, r]
+        p = np.linalg.solve(a, d.T).T
+        for s in range(len(g)):
+            length = 1.0
+            if graft == "adam":
+                mean = (1 - momentum) / momentum_weight * d[s]
+                u = mean / (np.sqrt(new_v[s, r] / square_weight) + eps)
+                length = norm(u) / norm(p[s]) if norm(p[s]) > 0 else 0.0
+            new_w[s, r] = (1 - lr * weight_decay) * w[s, r] - lr * length * p[s]
+    return new_w, new_m, new_v, new_f
+
+
+def damped_matrix(f, damping, relative):
+    if relative:
+        damping = damping * np.trace(f) / len(f) if np.trace(f) != 0 else 1.0
+    return f + damping * np.eye(len(f))
+
+
+def diagonal_step(w, g, m, v, *, lr, momentum, diagonal_decay, weight_decay=0.0, graft=None, eps=1e-8,
+                  momentum_weight=1.0, square_weight=1.0, maximize=False):  # fmt: skip
+    """mbf_diagonal_step_ in float64 -> the new w, m, v."""
+    g = -g if maximize else g
+    m = momentum * m + g
+    mean = (1 - momentum) * m
+    v = diagonal_decay * v + (1 - diagonal_decay) * (g if graft == "adam" else mean) ** 2
+    mean = mean / momentum_weight if graft == "adam" else mean
+    return (1 - lr * weight_decay) * w - lr * mean / (np.sqrt(v / square_weight) + eps), m, v

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import mbf_kernels
-from mbf_kernels import SymmetricBlocks, mbf_step_
+from mbf_kernels import SymmetricBlocks, mbf_diagonal_step_, mbf_shared_step_, mbf_step_
 from mbf_kernels.testing import assert_bitwise
 
-B, N = 5, 9
+B, N, S = 5, 9, 3
 
 
 def blocks(count=B, size=N, dtype=torch.float32, device=None):
@@ -28,6 +28,14 @@ def valid(op):
         "mbf_step_": (
             [[vectors()], [vectors()], [vectors()], [blocks()]],
             dict(lr=0.1, momentum=0.9, decay=0.9, damping=0.1),
+        ),
+        "mbf_shared_step_": (
+            [[vectors(S, B, N)], [vectors(S, B, N)], [vectors(S, B, N)], [vectors(S, B, N)], [blocks()]],
+            dict(lr=0.1, momentum=0.9, decay=0.9, damping=0.1, graft="adam"),
+        ),
+        "mbf_diagonal_step_": (
+            [[vectors()], [vectors()], [vectors()], [vectors()]],
+            dict(lr=0.1, momentum=0.9, diagonal_decay=0.99),
         ),
     }[op]
 
@@ -93,6 +101,45 @@ CASES += [
 ]
 for name, weights in {"zero": 0.0, "negative": -1.0, "nan": NAN, "too many": [1.0, 1.0]}.items():
     CASES += [("mbf_step_", f"{which}: {name}", which, weights) for which in ("momentum_weight", "fisher_weight")]
+NAMES = ["params", "grads", "momenta", "squares"]
+MATRICES = [
+    case[1:] for case in CASES if case[0] == "mbf_step_" and case[1].startswith(("fishers", "factors", "skipp"))
+]
+for what, at, bad in MATRICES:
+    CASES.append(("mbf_shared_step_", what, 4 if at == 3 else at, bad))
+for position, name in enumerate(NAMES):
+    strange = {"dtype", "half", "integer", "complex", "device", "sparse", "none"}
+    for what, bad in BAD_VECTORS.items():
+        if what in strange:
+            like = (
+                bad.unsqueeze(0).expand(S, B, N) if what in ("dtype", "half", "integer", "complex", "device") else bad
+            )
+            CASES.append(("mbf_shared_step_", f"{name}: {what}", position, [like]))
+        if what in strange | {"count", "size", "list"}:
+            CASES.append(("mbf_diagonal_step_", f"{name}: {what}", position, [bad]))
+    CASES += [
+        ("mbf_shared_step_", f"{name}: samples", position, [vectors(S + 1, B, N)]),
+        ("mbf_shared_step_", f"{name}: matrices", position, [vectors(S, B + 1, N)]),
+        ("mbf_shared_step_", f"{name}: size", position, [vectors(S, B, N + 1)]),
+        ("mbf_shared_step_", f"{name}: a pair", position, [(vectors(S, B, N), vectors(S))]),
+        ("mbf_shared_step_", f"{name}: three", position, [(vectors(S, B, N),) * 3]),
+        ("mbf_shared_step_", f"{name}: none", position, [()]),
+        ("mbf_shared_step_", f"{name}: not a list", position, vectors(S, B, N)),
+    ]
+    for op, good in {"mbf_shared_step_": vectors(S, B, N), "mbf_diagonal_step_": vectors()}.items():
+        CASES += [(op, f"{name}: too many", position, [good] * 2), (op, f"{name}: nothing", position, [])]
+        if name != "grads":
+            wide = good[..., :1].expand(good.shape)
+            CASES.append((op, f"{name}: expanded", position, [wide]))
+CASES += [
+    ("mbf_shared_step_", "squares: none at all", 3, None),
+    ("mbf_shared_step_", "graft", "graft", "sgd"),
+    ("mbf_shared_step_", "factors missing", "refactor", False),
+    ("mbf_diagonal_step_", "graft", "graft", "sgd"),
+]
+for name, weights in {"zero": 0.0, "negative": -1.0, "nan": NAN, "too many": [1.0, 1.0]}.items():
+    for op in ("mbf_shared_step_", "mbf_diagonal_step_"):
+        CASES += [(op, f"{which}: {name}", which, weights) for which in ("momentum_weight", "square_weight")]
 DOMAINS = {
     "decay": [-0.1, 1.1, NAN],
     "damping": [-1e-3, NAN, float("inf")],
@@ -100,12 +147,15 @@ DOMAINS = {
     "momentum": [-0.1, 1.0, NAN],
     "weight_decay": [-0.1, NAN],
     "eps": [-1e-8, NAN],
+    "diagonal_decay": [-0.1, 1.0, NAN],
 }
 for op, options in {
     "accumulate_": ["decay"],
     "factor": ["damping"],
     "accumulate_factor_solve_": ["decay", "damping"],
-    "mbf_step_": list(DOMAINS),
+    "mbf_step_": [name for name in DOMAINS if name != "diagonal_decay"],
+    "mbf_shared_step_": list(DOMAINS),
+    "mbf_diagonal_step_": ["lr", "momentum", "diagonal_decay", "weight_decay", "eps"],
 }.items():
     CASES += [(op, f"{option} = {value}", option, value) for option in options for value in DOMAINS[option]]
 BAD_SCALARS = {
@@ -120,6 +170,8 @@ for op, options in {
     "factor": ["damping"],
     "accumulate_factor_solve_": ["damping"],
     "mbf_step_": ["lr", "damping", "momentum_weight", "fisher_weight"],
+    "mbf_shared_step_": ["lr", "damping", "momentum_weight", "square_weight"],
+    "mbf_diagonal_step_": ["lr", "momentum_weight", "square_weight"],
 }.items():
     CASES += [(op, f"{option}: {name}", option, bad) for option in options for name, bad in BAD_SCALARS.items()]
 for option in ("momentum_weight", "fisher_weight"):
@@ -144,7 +196,10 @@ def test_refused(backend, device, op, at, bad):
         getattr(mbf_kernels, op)(*args, **options)
 
 
-@pytest.mark.parametrize("op", ["accumulate_", "factor", "solve", "accumulate_factor_solve_", "mbf_step_"])
+STEPS = ["mbf_step_", "mbf_shared_step_", "mbf_diagonal_step_"]
+
+
+@pytest.mark.parametrize("op", ["accumulate_", "factor", "solve", "accumulate_factor_solve_", *STEPS])
 def test_the_unspoilt_arguments_pass(backend, op):
     args, options = valid(op)
     getattr(mbf_kernels, op)(*args, **options)
@@ -169,17 +224,64 @@ def test_a_refused_step_changes_nothing(backend, bad):
     assert not fishers[0].data.any()
 
 
+@pytest.mark.parametrize("bad", NAMES)
+def test_a_refused_shared_or_diagonal_step_changes_nothing(backend, bad):
+    for op in STEPS[1:]:
+        shape = (S, B, N) if op == "mbf_shared_step_" else (B, N)
+        lists = [[vectors(*shape), vectors(*shape, dtype=torch.float64 if name == bad else None)] for name in NAMES]
+        args, options = valid(op)
+        fishers = [blocks(), blocks()]
+        with pytest.raises((TypeError, ValueError), match=f"^{op}: "):
+            getattr(mbf_kernels, op)(*lists, *([fishers] if len(args) > 4 else []), **options)
+        for tensors in lists:
+            assert_bitwise(tensors[0], vectors(*shape))
+        assert not fishers[0].data.any()
+
+
+JOINED = {  # params and fishers that do not fit each other, where a bias joins
+    "two matrices": ((vectors(S, 2, N - 1), vectors(S)), blocks(2)),
+    "samples of the bias": ((vectors(S, 1, N - 1), vectors(S + 1)), blocks(1)),
+    "shape of the bias": ((vectors(S, 1, N - 1), vectors(S, 1)), blocks(1)),
+    "size with the bias": ((vectors(S, 1, N), vectors(S)), blocks(1)),
+    "no elements beside the bias": ((vectors(S, 1, 0), vectors(S)), blocks(1, 1)),
+    "no dimension of matrices": ((vectors(S, N - 1), vectors(S)), blocks(1)),
+}
+
+
+@pytest.mark.parametrize("what", JOINED)
+def test_a_bias_that_does_not_fit(backend, what):
+    pair, fisher = JOINED[what]
+    options = dict(lr=0.1, momentum=0.9, decay=0.9, damping=0.1)
+    with pytest.raises(ValueError, match=r"^mbf_shared_step_: .*expected .*got "):
+        mbf_shared_step_(*[[tuple(t.clone() for t in pair)] for _ in range(3)], None, [fisher], **options)
+
+
+def test_shared_blocks_of_one_element_have_a_dimension_of_their_own(backend):
+    """[R, R] is no [S, R, 1]."""
+    options = dict(lr=0.1, momentum=0.9, decay=0.9, damping=0.1)
+    with pytest.raises(ValueError, match="^mbf_shared_step_: expected params"):
+        mbf_shared_step_(*[[vectors(3, 3)] for _ in range(3)], None, [blocks(3, 1)], **options)
+    mbf_shared_step_(*[[vectors(3, 3, 1)] for _ in range(3)], None, [blocks(3, 1)], **options)
+
+
+def test_shared_blocks_of_two_sizes_in_one_call():
+    two = [vectors(S, B, 9), vectors(S, B, 4)]
+    with pytest.raises(ValueError, match="^mbf_shared_step_: .*size"):
+        options = dict(lr=0.1, momentum=0.9, decay=0.9, damping=0.1)
+        mbf_shared_step_(two, two, two, None, [blocks(B, 9), blocks(B, 4)], **options)
+
+
 def test_storage_of_another_shape():
     for data in (vectors(1, 45, 31), vectors(2, 45, 32), vectors(32, 45).t().view(1, 45, 32)[:, :, ::2]):
         with pytest.raises(ValueError, match="expected"):
             SymmetricBlocks(data, B, N)
 
 
-@pytest.mark.parametrize("op", ["accumulate_", "solve", "accumulate_factor_solve_", "mbf_step_"])
+@pytest.mark.parametrize("op", ["accumulate_", "solve", "accumulate_factor_solve_", *STEPS])
 def test_no_silent_cut_of_a_graph(backend, op):
     """The ops are not differentiable, so an argument that requires grad is refused, unless in no_grad()."""
     args, options = valid(op)
-    if op == "mbf_step_":
+    if op in STEPS:
         args[0][0].requires_grad_()
     else:
         args[1].requires_grad_()
@@ -189,11 +291,12 @@ def test_no_silent_cut_of_a_graph(backend, op):
         getattr(mbf_kernels, op)(*args, **options)
 
 
-@pytest.mark.parametrize("op", ["factor", "accumulate_factor_solve_", "mbf_step_"])
+@pytest.mark.parametrize("op", ["factor", "accumulate_factor_solve_", *STEPS])
 def test_no_silent_cut_of_a_graph_through_a_number_on_the_device(op):
     args, options = valid(op)
+    name = "lr" if op == "mbf_diagonal_step_" else "damping"
     with pytest.raises(RuntimeError, match=f"^{op}: "):
-        getattr(mbf_kernels, op)(*args, **options | dict(damping=torch.tensor(0.1, requires_grad=True)))
+        getattr(mbf_kernels, op)(*args, **options | {name: torch.tensor(0.1, requires_grad=True)})
 
 
 @pytest.mark.parametrize("size", [1, 9, 25])
@@ -211,5 +314,9 @@ def test_empty_is_no_op(backend, device, size):
     step = dict(lr=0.1, momentum=0.9, decay=0.9, damping=0.1)
     (info,) = mbf_step_([empty], [empty], [empty.clone()], [f], **step)
     assert info.shape == (0,) and info.dtype == torch.int32
+    none = [torch.empty(3, 0, size, device=device) for _ in range(4)]
+    (info,) = mbf_shared_step_(*[[t] for t in none], [f], **step, graft="adam")
+    assert info.shape == (0,) and info.dtype == torch.int32
+    assert mbf_diagonal_step_(*[[t] for t in none], lr=0.1, momentum=0.9, diagonal_decay=0.9) is None
     lower, _ = mbf_kernels.factor(blocks(3, size, device=device), damping=0.1)
     assert mbf_kernels.solve(lower, torch.empty(3, size, 0, device=device)).shape == (3, size, 0)

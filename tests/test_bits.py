@@ -11,6 +11,8 @@ from mbf_kernels import (
     accumulate_factor_solve_,
     backends,
     factor,
+    mbf_diagonal_step_,
+    mbf_shared_step_,
     mbf_step_,
     native,
     solve,
@@ -178,3 +180,111 @@ def test_threads_change_no_bit(cpu, size, dtype):
     finally:
         torch.set_num_threads(before)
     assert_same(*results)
+
+
+# ---- steps of shared matrices and of tensors without blocks
+
+SHAPES = [(130, 2), (1, 1), (65, 5), (6, 3), (64, 1)]  # mini-blocks that share, and matrices
+MOMENTS = dict(lr=0.1, momentum=0.9, diagonal_decay=0.99, graft="adam", momentum_weight=0.1, square_weight=0.001)
+
+
+def shared_problem(size, dtype, shapes=SHAPES):
+    """Lists of W, g, M, v and dense F."""
+    lists = [[randn(*shape, size, dtype=dtype, seed=10 * i + s) for i, shape in enumerate(shapes)] for s in range(4)]
+    lists[3] = [v.square() for v in lists[3]]
+    return [*lists, [spd_blocks("fisher", shape[1], size, dtype, seed=i) for i, shape in enumerate(shapes)]]
+
+
+def run_shared(lists, graft="adam"):
+    w, g, m, v, dense = ([t.clone() for t in tensors] for tensors in lists)
+    fishers = [SymmetricBlocks.from_dense(f) for f in dense]
+    options = MOMENTS | dict(graft=graft, decay=0.9, damping=0.01, relative=True)
+    for _ in range(2):
+        mbf_shared_step_(w, g, m, v, fishers, **options)
+    return [w, m, v, [f.to_packed() for f in fishers]]
+
+
+def run_diagonal(lists):
+    w, g, m, v = ([t.clone() for t in tensors] for tensors in lists[:4])
+    for _ in range(2):
+        mbf_diagonal_step_(w, g, m, v, **MOMENTS)
+    return [w, m, v]
+
+
+def assert_same_lists(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        assert_same(a, b)
+
+
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("size", [1, 9, 17, 32, 33, 64, 65, 128])
+@over_dtypes
+def test_threads_and_repetition_change_no_bit_of_a_shared_step(cpu, size, dtype):
+    lists = shared_problem(size, dtype)
+    for graft in (None, "adam"):
+        expected = run_shared(lists, graft)
+        for count in (1, 2, 3):
+            with threads(count):
+                assert_same_lists(run_shared(lists, graft), expected)
+
+
+@pytest.mark.parametrize("size", [9, 33])
+@over_dtypes
+def test_a_shared_step_of_some_tensors_or_samples(cpu, size, dtype):
+    """A tensor alone has the bits that it has among others; so do mini-blocks in another order, as long as F does."""
+    lists = shared_problem(size, dtype)
+    expected = run_shared(lists)
+    for i in range(len(SHAPES)):
+        alone = run_shared([tensors[i : i + 1] for tensors in lists])
+        assert_same_lists(alone, [results[i : i + 1] for results in expected])
+    order = torch.randperm(130, generator=torch.Generator().manual_seed(1))
+    w, g, m, v, dense = (tensors[:1] for tensors in lists)
+    results = []
+    for index in (torch.arange(130), order, order[:17]):
+        fishers = [SymmetricBlocks.from_dense(f) for f in dense]
+        some = [[t[0][index].clone()] for t in (w, g, m, v)]
+        mbf_shared_step_(*some, fishers, **MOMENTS, decay=0.9, damping=0.01, relative=True, update=False)
+        results.append([some[0][0], some[2][0], some[3][0]])
+    assert_same(results[1], [t[order] for t in results[0]])
+    assert_same(results[2], [t[order[:17]] for t in results[0]])
+
+
+@needs("avx2", "avx512", "baseline")
+@pytest.mark.parametrize("size", [1, 8, 9, 16, 17, 33, 64, 65, 128])
+@over_dtypes
+def test_every_instruction_set_takes_the_same_shared_step(cpu, size, dtype):
+    """Within rounding: twice the backward error of a solve, times the condition number that relative damping leaves."""
+    lists = shared_problem(size, dtype, [(65, 2), (7, 1)])
+    results = []
+    for name in native.cpu_isas():
+        with isa(name):
+            results.append(run_shared(lists)[0] + run_diagonal(lists)[0])
+    condition = size / 0.01 + 1
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert_relative(a, b, 4 * RATIO * size * torch.finfo(dtype).eps * condition)
+
+
+@over_dtypes
+def test_threads_and_neighbours_change_no_bit_of_a_diagonal_step(cpu, dtype):
+    lengths = (1, 15, 16, 17, 0, 4097, 200003, 31)
+    lists = [[randn(length, dtype=dtype, seed=10 * i + s) for i, length in enumerate(lengths)] for s in range(4)]
+    lists[3] = [v.square() for v in lists[3]]
+    expected = run_diagonal(lists)
+    for count in (1, 2, 3):
+        with threads(count):
+            assert_same_lists(run_diagonal(lists), expected)
+    for i in range(len(lengths)):
+        alone = run_diagonal([tensors[i : i + 1] for tensors in lists])
+        assert_same_lists(alone, [results[i : i + 1] for results in expected])
+    shifted = [[t[3:] for t in tensors[6:7]] for tensors in lists]  # other lanes, another tail
+    assert_same_lists(run_diagonal(shifted), [[results[6][3:]] for results in expected])

@@ -11,13 +11,14 @@ using V = Lanes<S, 1>;
 constexpr int W = RegisterOf<S>::kLanes;
 
 struct Scales {
-    S momentum, mean, square_decay, square_scale, eps, shrink, lr, sign;
+    S momentum, mean, square_decay, square_rest, square_scale, eps, shrink, lr, sign;
     bool adam;  // v averages g^2, else the squared mean
 
     Scales(const DiagonalProblem& problem, const MomentParameters& parameters)
         : momentum(parameters.step.momentum),
           mean((1 - parameters.step.momentum) / (parameters.step.graft ? problem.momentum_weight : 1)),
           square_decay(parameters.square_decay),
+          square_rest(1 - parameters.square_decay),
           square_scale(1 / problem.square_weight),
           eps(parameters.step.eps),
           shrink(1 - parameters.step.lr.value * parameters.step.weight_decay),
@@ -31,7 +32,7 @@ MBF_FN void step(const Scales& q, V g, V& m, V& v, V& w) {
     g = q.sign * g;
     m = q.momentum * m + g;
     const V mean = q.mean * m, squared = q.adam ? g : mean;
-    v = q.square_decay * v + (1 - q.square_decay) * squared * squared;
+    v = q.square_decay * v + q.square_rest * squared * squared;
     w = q.shrink * w - q.lr * (mean / (square_root(q.square_scale * v) + q.eps));
 }
 

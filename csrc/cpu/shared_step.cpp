@@ -129,6 +129,7 @@ public:
           ld(padded_row<S>(n)),
           matrix(matrix),
           square_decay(parameters.square_decay),
+          square_rest(1 - parameters.square_decay),
           grad(problem.grad, n, problem.samples, matrix, elements[0]),
           momentum(problem.momentum, n, problem.samples, matrix, elements[1]),
           square(problem.square, n, problem.samples, matrix, elements[2]),
@@ -250,7 +251,7 @@ private:
     // factor, NaN if anything is not finite.
     void prepare(int64_t first, int active, S* adam) const {
         const Rows<layout> g_rows = grad, m_rows = momentum, v_rows = square;
-        const S mu = q.momentum, sign = q.maximize ? -1 : 1, beta = square_decay, rest = 1 - square_decay;
+        const S mu = q.momentum, sign = q.maximize ? -1 : 1, beta = square_decay, rest = square_rest;
         const S scale = 1 / problem.square_weight, eps = q.eps;
         const bool graft = q.graft, nesterov = q.nesterov;
         const int end = ld;

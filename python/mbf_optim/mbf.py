@@ -216,12 +216,15 @@ class MBF(Optimizer):
 
     def _forget(self) -> None:
         """What is derived from parameters and state: made again when it is needed."""
-        self._known_layers: list[list[Layer]] | None = None
+        self._known_params: list[list[int]] | None = None
+        self._known_layers: list[list[Layer]] = []
         self._plans: dict[int, Plan] = {}
 
     def _layers(self) -> Iterator[tuple[dict, list[Layer]]]:
-        if self._known_layers is None:
-            first, self._known_layers = 0, []
+        params = [list(map(id, group["params"])) for group in self.param_groups]
+        if self._known_params != params:
+            self._forget()
+            first, self._known_params = 0, params
             for group in self.param_groups:
                 self._known_layers.append(layers_of(group, first))
                 first += len(group["params"])
@@ -230,7 +233,7 @@ class MBF(Optimizer):
     def _plan(self, index: int, group: dict, grads: list[Tensor | None]) -> Plan:
         """How the group steps now."""
         plan = self._plans.get(index)
-        if plan is None or not plan.fits(group, grads):
+        if plan is None or not plan.fits(group, grads, self.state):
             layers = list(self._layers())[index][1]
             for layer in layers:
                 if layer.has_grad():

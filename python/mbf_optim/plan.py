@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from operator import is_, itemgetter
 
+import torch
 from torch import Tensor
 
 from .layers import Layer
@@ -13,14 +14,14 @@ from .tasks import Copies, Tensors, launches_of, tasks_of
 
 # Options that decide what is launched together; the others are read at every step.
 STRUCTURAL = ("capturable", "update_interval", "factor_interval", "graft")
-VECTORS = ("momentum", "second_moment")
+WRITTEN = ("momentum", "second_moment", "fisher", "fisher_tail")  # entries of a state that launches write
 
 
 class Plan:
-    """The steps of those layers of a group that have gradients, while it stays those."""
+    """The steps of those layers of a group that have gradients, while it stays those and their state what it is."""
 
     def __init__(self, group: dict, layers: list[Layer], states: dict):
-        self._absent = _absent(gradients(group))
+        self._layouts = _layouts(gradients(group))
         self._options = [group[name] for name in STRUCTURAL]
         indices = {id(param): i for i, param in enumerate(group["params"])}
         stepping = [layer for layer in layers if layer.has_grad()]
@@ -40,13 +41,16 @@ class Plan:
         ]
         self._launches = launches_of(tasks, group)
         params = [param for layer in stepping for param in layer.params]
-        self._vectors = [_Held(name, [states[p] for p in params if name in states[p]]) for name in VECTORS]
+        self._params, self._state_of_each = list(group["params"]), list(states.values())
+        self._written = [_Held(name, [states[p] for p in params if name in states[p]]) for name in WRITTEN]
 
-    def fits(self, group: dict, grads: Sequence[Tensor | None]) -> bool:
+    def fits(self, group: dict, grads: Sequence[Tensor | None], states: dict) -> bool:
         return (
-            _absent(grads) == self._absent
+            _layouts(grads) == self._layouts
             and [group[name] for name in STRUCTURAL] == self._options
-            and all(held.is_current() for held in self._vectors)
+            and _are(group["params"], self._params)
+            and _are(states.values(), self._state_of_each)
+            and all(held.is_current() for held in self._written)
         )
 
     def step(self, group: dict, grads: Sequence[Tensor | None]) -> None:
@@ -82,15 +86,22 @@ class _Held:
         self._tensors = list(map(self._get, states))
 
     def is_current(self) -> bool:
-        return all(map(is_, map(self._get, self._states), self._tensors))
+        try:
+            return all(map(is_, map(self._get, self._states), self._tensors))
+        except KeyError:  # taken out
+            return False
 
 
 def gradients(group: dict) -> list[Tensor | None]:
     return [param.grad for param in group["params"]]
 
 
-def _absent(grads: Sequence[Tensor | None]) -> list[bool]:
-    return [grad is None for grad in grads]
+def _layouts(grads: Sequence[Tensor | None]) -> list[torch.layout | None]:
+    return [None if grad is None else grad.layout for grad in grads]
+
+
+def _are(found: Collection, expected: Collection) -> bool:
+    return len(found) == len(expected) and all(map(is_, found, expected))
 
 
 def _share(layers: Sequence[Layer], states: dict, group: dict) -> list[tuple[HostClock | DeviceClock, int]]:

@@ -5,12 +5,9 @@
 //
 // Exit status 1, and a line for each of the first failures. Meant to be built with sanitizers: MBF_SANITIZE in
 // CMakeLists.txt.
-#include <stdio.h>
-
 #include <algorithm>
 #include <functional>
 #include <iterator>
-#include <limits>
 #include <memory>
 #include <set>
 #include <sstream>
@@ -19,9 +16,8 @@
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/mappings.def"
 #include "../../csrc/emulator/fibers.h"
-#include "../../csrc/layout.h"
-#include "buffer.h"
-#include "reference.h"
+#include "common.h"
+#include "moments.h"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #include <sanitizer/common_interface_defs.h>
@@ -41,18 +37,6 @@ constexpr bool kFindsRaces = true;  // whatever the schedule
 #else
 constexpr bool kFindsRaces = false;
 #endif
-constexpr int kMaxFailures = 10;
-constexpr double kLearningRate = 0.25, kDamping = 0.5, kMomentumWeight = 0.625, kFisherWeight = 0.4375;
-
-std::string current_case;
-int failures = 0;
-int64_t cases = 0;
-
-void fail(const std::string& what) {
-    fprintf(stderr, "FAILED %s: %s\n", current_case.c_str(), what.c_str());
-    if (++failures == kMaxFailures) exit(1);
-}
-
 // An op in one of its forms.
 struct Form {
     const char* name;
@@ -125,12 +109,6 @@ BlockView view_of(int layout, int64_t count, int n, int64_t width) {
     }
 }
 
-double random_number() {  // in [-1, 1), from a generator that is the same everywhere
-    static uint32_t state = 1;
-    state = state * 1664525u + 1013904223u;
-    return static_cast<int32_t>(state) * 0x1p-31;
-}
-
 enum Bad { kGood, kNanGradient, kIndefinite };
 Bad bad_of(int64_t b, int64_t count) {
     if (count == 1) return kGood;
@@ -144,8 +122,8 @@ public:
     Tensors(const Form& form, int64_t count, int n, int layout)
         : form_(form), count_(count), n_(n), numbers_(2, sizeof(float)), doubles_(2, sizeof(double)) {
         const bool solves = form.op == Op::kSolve, steps = form.op == Op::kStep;
-        if (!solves) fisher_ = triangles();
-        if (solves || form.op == Op::kFactor || form.flags & (kCached | kKeepL)) factor_ = triangles();
+        if (!solves) fisher_ = triangles<S>(n_, count_);
+        if (solves || form.op == Op::kFactor || form.flags & (kCached | kKeepL)) factor_ = triangles<S>(n_, count_);
         if (form.op != Op::kFactor && !solves) grad_ = vectors(problem.grad, layout, 1);
         if (form.op != Op::kFactor && form.op != Op::kAccumulate) {
             rhs_ = vectors(problem.rhs, layout + 1, form.rhs_count);
@@ -166,10 +144,10 @@ public:
         problem.out.base = out_.data();
         numbers_.initial(0) = kMomentumWeight;
         numbers_.initial(1) = kDamping;
-        doubles_.initial(0) = kFisherWeight;
+        doubles_.initial(0) = kSecondWeight;
         doubles_.initial(1) = kLearningRate;
         problem.momentum_weight = number(kMomentumWeight, numbers_.data(), DType::kFloat32);
-        problem.fisher_weight = number(kFisherWeight, doubles_.data(), DType::kFloat64);
+        problem.fisher_weight = number(kSecondWeight, doubles_.data(), DType::kFloat64);
         int64_t bad = 0;
         for (int64_t b = 0; b < count; ++b) bad += prepare(b);
         if (skipped_.data()) skipped_.expect(0, 7 + bad, 0);
@@ -214,19 +192,6 @@ private:
         return {value, nullptr, DType::kFloat64};
     }
 
-    // Storage of 16-byte alignment and no more, its padding zero.
-    Buffer<S> triangles() const {
-        const int64_t tile = is_tiled(n_) ? kTileBlocks : 1;
-        const int64_t size = block_offset(n_, (count_ + tile - 1) / tile * tile);
-        Buffer<S> storage(size, 16);
-        for (int64_t i = 0; i < size; ++i) storage.initial(i) = 0;
-        for (int64_t b = 0; b < count_; ++b) for_triangle([&](int i, int j) { storage.initial(entry(b, i, j)) = NAN; });
-        return storage;
-    }
-    int64_t entry(int64_t b, int i, int j) const {
-        return block_offset(n_, b) + (triangle_size(i) + j) * entry_stride(n_);
-    }
-
     Buffer<S> vectors(BlockView& view, int layout, int width) const {
         view = view_of(layout, count_, n_, width);
         int64_t last = 0;
@@ -243,14 +208,12 @@ private:
         const Bad bad = bad_of(b, count_);
         const bool solves = form_.op == Op::kSolve;
         const Parameters q = parameters_of(form_);
-        const Numbers numbers = {kLearningRate, kDamping, kMomentumWeight, kFisherWeight};
         Block block = random_block(bad);
         if (solves || form_.flags & kCached) {
             if (factor(block, false, kDamping, 0)) block.l = Matrix(n_, Vector(n_));
-            for_triangle([&](int i, int j) { block.l[i][j] = factor_.initial(entry(b, i, j)) = block.l[i][j]; });
+            fill_triangle(factor_, b, block.l);
         }
-        if (fisher_.data())
-            for_triangle([&](int i, int j) { block.f[i][j] = fisher_.initial(entry(b, i, j)) = block.f[i][j]; });
+        if (fisher_.data()) fill_triangle(fisher_, b, block.f);
         if (grad_.data()) fill(grad_, problem.grad, b, block.g);
         if (solves) return solve_columns(b, block.l), false;
         if (rhs_.data()) fill(rhs_, problem.rhs, b, block.rhs);
@@ -267,12 +230,12 @@ private:
                 expect_triangle(factor_, b, block.l);
                 break;
             case Op::kFused:
-                fused(block, q, numbers);
+                fused(block, q, kNumbers);
                 if (!block.info) expect_triangle(fisher_, b, block.f);
                 expect_vector(out_, problem.out, b, block.info ? Vector(n_) : block.x);
                 break;
             default:
-                step(block, q, numbers);
+                step(block, q, kNumbers);
                 if (block.info) break;
                 if (q.update) expect_triangle(fisher_, b, block.f);
                 if (form_.flags & kKeepL) expect_triangle(factor_, b, block.l);
@@ -285,32 +248,17 @@ private:
 
     void solve_columns(int64_t b, const Matrix& l) {
         for (int r = 0; r < form_.rhs_count; ++r) {
-            Vector x = random_vector();
+            Vector x = random_vector(n_);
             fill(rhs_, problem.rhs, b, x, r);
             expect_vector(out_, problem.out, b, solve(l, x) ? Vector(n_) : x, r);
         }
     }
 
-    // F has eigenvalues between 1 and 2 + sqrt(n).
     Block random_block(Bad bad) const {
-        Block block = {Matrix(n_, Vector(n_)), {}, random_vector(), random_vector(), random_vector(), {}};
-        const Vector u = random_vector();
-        for_triangle(
-            [&](int i, int j) { block.f[i][j] = u[i] * u[j] / sqrt(n_) + (i == j ? 1.5 + 0.5 * random_number() : 0); });
-        if (bad == kIndefinite) block.f[n_ - 1][n_ - 1] = -1000;
+        Block block = {
+            random_matrix(n_, bad == kIndefinite), {}, random_vector(n_), random_vector(n_), random_vector(n_), {}};
         if (bad == kNanGradient) block.g[n_ / 2] = NAN;
         return block;
-    }
-    Vector random_vector() const {
-        Vector x(n_);
-        for (double& x_k : x) x_k = random_number();
-        return x;
-    }
-
-    template <class Visitor>
-    void for_triangle(Visitor visitor) const {
-        for (int i = 0; i < n_; ++i)
-            for (int j = 0; j <= i; ++j) visitor(i, j);
     }
 
     // Rounds x, too.
@@ -318,18 +266,10 @@ private:
         for (int k = 0; k < n_; ++k) x[k] = buffer.initial(at(view, b, k) + column) = x[k];
     }
 
-    // Well-conditioned blocks: rounding errors grow no faster than n. What goes in is of order 1.
-    double margin(double scale) const { return 64 * (n_ + 4) * scale * std::numeric_limits<S>::epsilon(); }
-
-    void expect_triangle(Buffer<S>& buffer, int64_t b, const Matrix& values) {
-        double scale = 1;
-        for_triangle([&](int i, int j) { scale = std::max(scale, fabs(values[i][j])); });
-        for_triangle([&](int i, int j) { buffer.expect(entry(b, i, j), values[i][j], margin(scale)); });
-    }
     void expect_vector(Buffer<S>& buffer, const BlockView& view, int64_t b, const Vector& values, int column = 0) {
         double scale = 1;
         for (double value : values) scale = std::max(scale, fabs(value));
-        for (int k = 0; k < n_; ++k) buffer.expect(at(view, b, k) + column, values[k], margin(scale));
+        for (int k = 0; k < n_; ++k) buffer.expect(at(view, b, k) + column, values[k], margin<S>(n_, scale));
     }
 
     const Form form_;
@@ -463,6 +403,38 @@ std::vector<int64_t> block_counts(int n, bool is_double) {
 }
 #undef MBF_TEAMS
 
+template <class S>
+void run_shared(const std::string& isa, int n, const std::vector<int64_t>& samples) {
+    const int64_t before = cases;
+    const std::string name = "cpu " + isa + (sizeof(S) == 4 ? " float" : " double") + " n=" + std::to_string(n);
+    for (size_t c = 0; c < samples.size(); ++c)
+        for (size_t f = 0; f < kSharedForms.size(); ++f) {
+            current_case = name + " S=" + std::to_string(samples[c]) + " " + kSharedForms[f].name;
+            if (is_wanted(current_case)) run_shared_case<S>(kSharedForms[f], samples[c], n, static_cast<int>(c + f));
+        }
+    if (cases > before) printf("%s shared: %lld cases\n", name.c_str(), static_cast<long long>(cases - before));
+}
+
+template <class S>
+void run_diagonal(const std::string& isa) {
+    current_case = "cpu " + isa + (sizeof(S) == 4 ? " float" : " double") + " diagonal";
+    if (!is_wanted(current_case)) return;
+    for (bool graft : {false, true}) run_diagonal_case<S>(graft);
+    printf("%s: 2 cases\n", current_case.c_str());
+}
+
+// The steps of shared matrices and of tensors without blocks. Threads race where there is enough for several.
+void run_moments(const std::string& isa) {
+    cpu::set_isa(isa);
+    for (int n : kFindsRaces ? std::vector<int>{17, 33} : kSharedSizes) {
+        const std::vector<int64_t> samples = kFindsRaces ? std::vector<int64_t>{130} : shared_samples(n);
+        run_shared<float>(isa, n, samples);
+        run_shared<double>(isa, n, samples);
+    }
+    run_diagonal<float>(isa);
+    run_diagonal<double>(isa);
+}
+
 std::vector<Target> cpu_targets() {
     std::vector<Target> targets;
     for (const std::string& isa : cpu::supported_isas()) {
@@ -498,8 +470,10 @@ int main(int argc, char** argv) {
     setvbuf(stdout, nullptr, _IOLBF, 0);
     wanted_words.assign(argv + 1, argv + argc);
     const std::string backend = argc > 1 ? argv[1] : "";
-    if (backend != "emulated")
+    if (backend != "emulated") {
         for (const Target& target : cpu_targets()) run_target(target);
+        for (const std::string& isa : cpu::supported_isas()) run_moments(isa);
+    }
     if (backend != "cpu") {
         run_target(emulated_target("thread", Mapping::kThread, kThreadSizes, thread_counts));
         run_target(emulated_target("group", Mapping::kGroup, kGroupSizes, group_counts));

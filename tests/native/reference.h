@@ -1,4 +1,4 @@
-// The five ops on one block in double precision, as plainly as can be.
+// The ops on one block in double precision, as plainly as can be.
 #pragma once
 
 #include <math.h>
@@ -106,4 +106,64 @@ inline void step(Block& block, const mbf::Parameters& q, const Numbers& numbers)
         rate *= norm(u) / norm(block.x);
     }
     for (int k = 0; k < n; ++k) block.w[k] = (1 - numbers.lr * q.weight_decay) * block.w[k] - rate * block.x[k];
+}
+
+// One matrix and the mini-blocks that share it, likewise.
+struct Shared {
+    Matrix f, l;
+    std::vector<Vector> g, m, v, w;  // [S][n]
+    std::vector<bool> bad;           // [S]
+    int info = 0;
+};
+
+// F <- decay F + (1 - decay) mean_s g_s g_s^T, unless its diagonal would not be finite.
+inline void accumulate_mean(Shared& shared, double decay) {
+    Matrix updated = shared.f;
+    bool finite = true;
+    for (size_t i = 0; i < updated.size(); ++i)
+        for (size_t j = 0; j <= i; ++j) {
+            double sum = 0;
+            for (const Vector& g : shared.g) sum += g[i] * g[j];
+            updated[i][j] = decay * updated[i][j] + (1 - decay) * sum / shared.g.size();
+            finite &= i != j || isfinite(updated[i][i]);
+        }
+    if (finite) shared.f = updated;
+}
+
+inline void shared_step(Shared& shared, const mbf::MomentParameters& parameters, const Numbers& numbers) {
+    const mbf::Parameters& q = parameters.step;
+    const size_t n = shared.f.size();
+    if (q.update) accumulate_mean(shared, q.decay);
+    Block block = {shared.f, shared.l, {}, {}, {}, {}};
+    if (q.refactor) shared.info = factor(block, q.relative, numbers.damping, 1);
+    for (size_t s = 0; s < shared.g.size(); ++s) {
+        Vector m(n), v(n), d(n), u(n);
+        for (size_t k = 0; k < n; ++k) {
+            const double g = q.maximize ? -shared.g[s][k] : shared.g[s][k];
+            m[k] = q.momentum * shared.m[s][k] + g;
+            d[k] = q.nesterov ? q.momentum * m[k] + g : m[k];
+            v[k] = parameters.square_decay * shared.v[s][k] + (1 - parameters.square_decay) * g * g;
+            u[k] = (1 - q.momentum) / numbers.momentum_weight * d[k] / (sqrt(v[k] / numbers.fisher_weight) + q.eps);
+        }
+        Vector x = d;
+        if (!shared.info) shared.info = solve(block.l, x);
+        shared.bad.push_back(shared.info || first_nonfinite(d));
+        if (shared.bad[s]) continue;
+        const double rate = numbers.lr * (q.graft ? norm(u) / norm(x) : 1);
+        for (size_t k = 0; k < n; ++k)
+            shared.w[s][k] = (1 - numbers.lr * q.weight_decay) * shared.w[s][k] - rate * x[k];
+        shared.m[s] = m;
+        if (q.graft) shared.v[s] = v;
+    }
+    if (!shared.info) shared.l = block.l;
+}
+
+inline void diagonal_step(double g, double& m, double& v, double& w, const mbf::MomentParameters& parameters,
+                          const Numbers& numbers) {
+    const mbf::Parameters& q = parameters.step;
+    m = q.momentum * m + g;
+    const double mean = (1 - q.momentum) * m, squared = q.graft ? g : mean;
+    v = parameters.square_decay * v + (1 - parameters.square_decay) * squared * squared;
+    const double length = sqrt(v / numbers.fisher_weight) + q.eps;
+    w = (1 - numbers.lr * q.weight_decay) * w - numbers.lr * mean / (q.graft ? numbers.momentum_weight : 1) / length;
 }
