@@ -348,7 +348,7 @@ private:
     const Parameters& q;
     const int n, ld;
     const int64_t matrix;
-    const S square_decay;
+    const S square_decay, square_rest;
     int64_t elements[4][layout == Layout::kScattered ? MBF_MAX_SIZE : 1];
     const Rows<layout> grad, momentum, square, param;
     double *u, *y, *wide_inverse;  // L^T, L^-1 and their product, the inverse
