@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import methods, shapes, timing
 from benchmarks.gpu import __main__ as command_line
 from benchmarks.gpu import (
     build,
@@ -20,10 +21,8 @@ from benchmarks.gpu import (
     rows,
     sanitize,
     sanitize_cases,
-    shapes,
     steps,
     suite,
-    timing,
 )
 from benchmarks.gpu.results import ROOT, Results, child_environment, digest
 from benchmarks.gpu.setting import GIB, Setting
@@ -156,7 +155,7 @@ def test_rows_have_names_of_their_own():
 def test_every_goal_compares_two_rows_that_are_measured():
     measured = [{**row.facts, "median_us": 1.0} for module in (ops, steps) for row in module.rows(GPU)]
     for ratio in goals.ratios():
-        if "muon" in ratio.by.values() and "muon" not in steps.METHODS:
+        if "muon" in ratio.by.values() and "muon" not in methods.METHODS:
             continue
         of, by = goals.find(measured, ratio.of), goals.find(measured, ratio.by)
         assert of and by and of != by, ratio.what
@@ -459,17 +458,17 @@ def test_percentiles_are_interpolated():
 
 
 def test_the_networks_have_their_known_sizes():
-    assert (len(shapes.resnet50()), sum(map(prod, shapes.resnet50()))) == (161, 25_557_032)
-    assert sum(map(prod, shapes.filters(shapes.resnet50()))) == 9 * 1_257_472
+    assert (len(shapes.resnet50()), sum(map(prod, shapes.resnet50().values()))) == (161, 25_557_032)
+    assert sum(map(prod, shapes.filters(shapes.resnet50()).values())) == 9 * 1_257_472
 
 
 def test_a_check_does_not_pass_nan_or_a_wrong_step():
     start = torch.zeros(4, 4, 3, 3, dtype=torch.float64)
     truth = start + 1
-    steps.check_step(truth.float(), truth, start, 10)
+    methods.check_step(truth.float(), truth, start, 9, 10)
     for wrong in (float("nan"), 2.0):
         with pytest.raises(AssertionError):
-            steps.check_step(torch.full_like(truth, wrong).float(), truth, start, 10)
+            methods.check_step(torch.full_like(truth, wrong).float(), truth, start, 9, 10)
 
 
 def kernel(**facts):
