@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -29,18 +31,21 @@ def _tensors(value: object, seen: set[int]) -> Iterable[Tensor]:
             yield from _tensors(member, seen)
 
 
-def transient_bytes(call: Callable[[], object], times: int) -> int:
-    """The most that so many calls hold at once of what they allocate through torch's CPU allocator.
+def with_peak_bytes(make: Callable[[], Optimizer], steps: int) -> tuple[Optimizer, int]:
+    """An optimizer that has taken so many steps, and the most that it held at once on the way through torch's CPU
+    allocator, its state included.
 
-    It sees every tensor, those inside torch's operators too; scratch that native code takes from elsewhere (a thread's
-    stack, LAPACK's own buffers) it does not.
+    That sees every tensor, those inside torch's operators too; scratch that native code takes from elsewhere (a
+    thread's stack, LAPACK's own buffers) it does not.
     """
+    gc.collect()  # what dies later would be counted as freed here
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        for _ in range(times):
-            call()
+        optimizer = make()
+        for _ in range(steps):
+            optimizer.step()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         most = max(most, held)
-    return most
+    return optimizer, most

@@ -5,7 +5,6 @@ They take pairs of name and parameter, as `model.named_parameters()` gives them.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -101,11 +100,6 @@ def random_parameters(shapes: Shapes, device: str, layout: str) -> dict[str, Par
         parameters[name] = Parameter(weight)
         parameters[name].grad = grad
     return parameters
-
-
-def missing(library: str) -> str | None:
-    """Why a library's methods cannot be measured; None if they can."""
-    return None if importlib.util.find_spec(library) else "not installed (make bench PEERS=1 installs it)"
 
 
 def step_bytes(optimizer: Optimizer | Together, parameters: Iterable[Tensor]) -> int:

@@ -13,6 +13,7 @@ from benchmarks.baseline import fused_bytes
 from mbf_kernels import SymmetricBlocks, accumulate_, accumulate_factor_solve_, factor, mbf_step_, solve
 from mbf_kernels.testing import RATIO, assert_below, assert_factors, assert_solves
 
+FUSED = "accumulate_factor_solve_"
 DECAY, DAMPING = 0.95, 0.1
 LAYOUTS = ("contiguous", "channels_last")
 STEP = {"lr": 1e-3, "momentum": 0.9, "decay": DECAY, "damping": DAMPING, "relative": True}
@@ -191,9 +192,7 @@ OPS = {
         lambda n, itemsize: itemsize * (n * (n + 1) // 2 + 2 * n),
         lambda n: 2 * n**2,
     ),
-    "accumulate_factor_solve_": Op(
-        Problem, fused, check_fused, fused_bytes, lambda n: 3 * triangle(n) + 2 * n + factor_flops(n) + 2 * n**2
-    ),
+    FUSED: Op(Problem, fused, check_fused, fused_bytes, lambda n: 3 * triangle(n) + 2 * n + factor_flops(n) + 2 * n**2),
     "mbf_step_": Op(  # beside the fused op: M, D, u, the two lengths and W, about 20 operations an element
         StepProblem,
         step,

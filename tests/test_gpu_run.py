@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import methods, shapes, timing
+from benchmarks.goals import find
 from benchmarks.gpu import __main__ as command_line
 from benchmarks.gpu import (
     build,
@@ -26,6 +27,7 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu.results import ROOT, Results, child_environment, digest
 from benchmarks.gpu.setting import GIB, Setting
+from benchmarks.ops import FUSED
 
 GPU = Setting("cuda", "cuda", True, True, 2 * GIB, 50 * 2**20, 0.3)
 
@@ -157,9 +159,9 @@ def test_every_goal_compares_two_rows_that_are_measured():
     for ratio in goals.ratios():
         if "muon" in ratio.by.values() and "muon" not in methods.METHODS:
             continue
-        of, by = goals.find(measured, ratio.of), goals.find(measured, ratio.by)
+        of, by = find(measured, ratio.of), find(measured, ratio.by)
         assert of and by and of != by, ratio.what
-    assert goals.find(measured, goals.HOST_MICROSECONDS[0])
+    assert find(measured, goals.HOST_MICROSECONDS[0])
 
 
 # results
@@ -472,7 +474,7 @@ def test_a_check_does_not_pass_nan_or_a_wrong_step():
 
 
 def kernel(**facts):
-    row = {"name": "fused n=9", "op": goals.FUSED, "n": 9, "dtype": "float32", "mapping": "default", "full": True}
+    row = {"name": "fused n=9", "op": FUSED, "n": 9, "dtype": "float32", "mapping": "default", "full": True}
     timed = {"backend": "cuda", "median_us": 10.0, "p20_us": 9.0, "p80_us": 20_000.0, "gbps": 2550.0}
     return row | timed | facts
 
