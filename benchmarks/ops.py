@@ -66,7 +66,7 @@ def random_blocks(samples: Tensor) -> SymmetricBlocks:
 
 def sample_of(blocks: SymmetricBlocks) -> Tensor:
     """Indices of up to 4096 blocks, the first and the last among them."""
-    count = min(len(blocks), 4096, max(2, 2**23 // blocks.size**2))
+    count = min(len(blocks), 4096, max(2, 2**21 // blocks.size**2))
     return torch.linspace(0, len(blocks) - 1, count, dtype=torch.float64).long().to(blocks.data.device)
 
 

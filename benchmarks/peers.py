@@ -20,7 +20,7 @@ from mbf_kernels.testing import assert_factors, assert_solves
 T2 = 100  # steps between inversions in the code of the paper's authors
 CHOLESKY = "torch cholesky_ex + cholesky_solve"
 INVERSE, PRODUCT = "torch.linalg.inv + product", "product with an old inverse"
-AMORTISED = f"that product, an inverse every {T2} steps"
+AMORTISED = f"old inverse, a new one every {T2} steps"
 
 
 def missing(library: str) -> str | None:

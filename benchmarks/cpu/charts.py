@@ -56,8 +56,12 @@ def figure_and_panel(height: float, xlabel: str, ylabel: str) -> tuple[pyplot.Fi
     panel.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
     panel.grid(alpha=0.3)
     for axis in (panel.xaxis, panel.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e4 else f"1e{value:.0e}"[-3:]))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     return figure, panel
+
+
+def short(value: float) -> str:
+    return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e4 else f"{value:g}"
 
 
 def legend(figure: pyplot.Figure, columns: int = 1) -> None:

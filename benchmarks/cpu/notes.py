@@ -21,7 +21,7 @@ NOTES = (
     "takes 2-D tensors only, and AdamW the rest. pytorch_optimizer's ScalableShampoo and SOAP refresh every 10th step "
     "(Shampoo's default of 1000 would hide its worst step), heavyball's every 2nd, its default. heavyball runs "
     "uncompiled: on a CPU its compilation takes minutes for a small network and fails for some of its optimizers.",
-    "Memory: steady is every storage that the optimizer's state holds; peak is the most that its first 11 steps (2 "
-    "without rare work) hold at once through torch's CPU allocator, state included. Scratch that native code takes "
+    "Memory: steady is every storage that the optimizer's state holds; peak is the most that its first steps, "
+    "rare work included, hold at once through torch's CPU allocator, state included. Scratch that native code takes "
     "elsewhere is not seen, ours no more than LAPACK's.",
 )
