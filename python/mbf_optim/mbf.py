@@ -15,7 +15,7 @@ from .diagonal import diagonal_step_
 from .layers import Layer, layers_of
 from .options import check_options, keep_device_scalars, with_numbers
 from .report import Report, Row
-from .schedule import advance, capturing, on_host, refuse_capture, weights
+from .schedule import advance, capturing, intervals, on_host, refuse_capture, weights
 from .shared import shared_step_
 from .tasks import LayerTensors, Task
 from .unshared import unshared_step_
@@ -185,7 +185,7 @@ class MBF(Optimizer):
 
     def report(self) -> Report:
         """A row for every tensor (a joined bias in its weight's): structure, matrices, state bytes, skipped blocks."""
-        return Report(self._row(layer) for _, layers in self._layers() for layer in layers)
+        return Report(self._row(group, layer) for group, layers in self._layers() for layer in layers)
 
     def state_dict(self) -> dict:
         """As in torch; F and L in canonical form, packed lower triangles [count, T]."""
@@ -285,14 +285,14 @@ class MBF(Optimizer):
                 adam=group["graft"] is not None,
             )
 
-    def _row(self, layer: Layer) -> Row:
+    def _row(self, group: dict, layer: Layer) -> Row:
         params = layer.params
         state = self.state[layer.weight] if layer.weight in self.state else {}
         vectors = 2 if not layer.blocks or any(blocks.shared for blocks in layer.blocks) else 1
         size = sum(vectors * param.numel() * param.element_size() for param in params)
         for blocks in layer.blocks:
             matrices = SymmetricBlocks.zeros(blocks.count, blocks.size, layer.weight.dtype, device="meta")
-            size += matrices.nbytes * (1 + ("factor" + blocks.suffix in state))
+            size += matrices.nbytes * (1 + (intervals(blocks, group)[1] > 1))  # F, and its factor where it is kept
         return Row(
             name=layer.name + (" + bias" if layer.bias is not None else ""),
             shape=tuple(layer.weight.shape),
