@@ -462,6 +462,11 @@ def test_percentiles_are_interpolated():
 def test_the_networks_have_their_known_sizes():
     assert (len(shapes.resnet50()), sum(map(prod, shapes.resnet50().values()))) == (161, 25_557_032)
     assert sum(map(prod, shapes.filters(shapes.resnet50()).values())) == 9 * 1_257_472
+    known = {shapes.resnet18: 11_689_512, shapes.resnet32: 464_154, shapes.vgg16: 14_719_818}
+    for network, count in known.items():
+        assert sum(map(prod, network().values())) == count
+    assert sum(map(prod, shapes.transformer().values())) == 12 * 7_087_872
+    assert sum(map(prod, shapes.autoencoder(784, 1000, 500, 250, 30).values())) == 2_837_314
 
 
 def test_a_check_does_not_pass_nan_or_a_wrong_step():
