@@ -249,8 +249,16 @@ def test_the_knees_in_words():
         ]  # fmt: skip
 
     rows = points(1, 2, 3, 12, 220) + points(2, 2, 4, 8, 120)
-    (sentence,) = knees(rows, {"L1": 48_000, "L2": 100_000})
-    assert sentence == (
+    rows += [{"part": "roofs", "what": "copy", "gbps": 10.0, "median_us": 1.0}]
+    rows += [{"part": "roofs", "what": "matrix product", "dtype": "float32", "gflops": 10.0, "median_us": 1.0}]
+    costs = {1: 4.8, 2: 40.0, 64: 31200.0}  # a copy of a 1x1 block's 24 bytes takes 2.4 ns
+    rows += [{"part": "against size", "n": n, "ns_per_block": cost, "median_us": 1.0} for n, cost in costs.items()]
+    by_count, by_size = knees(rows, {"L1": 48_000, "L2": 100_000})
+    assert by_size == (
+        "Against n: from n = 1 to 2 a block costs 2 to 7.69 times a copy of its bytes; from n = 64 to 64 a block costs "
+        "3 to 3 times its flops at full rate; the sharpest rise, beside that of F's size, is 8.33 times at n = 2."
+    )
+    assert by_count == (
         "n = 4: a call with 10 blocks takes 2 us; from 1,000 blocks on a block costs at most 1.5 times the least, "
         "8 ns; 2 threads pay from 1,000 blocks on. One thread: 12 ns in L2, 22 ns beyond the caches."
     )

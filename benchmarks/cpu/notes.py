@@ -23,5 +23,5 @@ NOTES = (
     "uncompiled: on a CPU its compilation takes minutes for a small network and fails for some of its optimizers.",
     "Memory: steady is every storage that the optimizer's state holds; peak is the most that its first steps, "
     "rare work included, hold at once through torch's CPU allocator, state included. Scratch that native code takes "
-    "elsewhere is not seen: of our kernels that is one buffer a thread, less than a megabyte; of LAPACK it is not known.",
+    "elsewhere is not seen: our kernels' is one buffer a thread, less than a megabyte; LAPACK's is not known.",
 )
