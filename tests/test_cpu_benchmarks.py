@@ -207,7 +207,7 @@ def some_results(**facts):
         {"part": "steps", "what": plan.LINEAR, "method": "muon", "label": "Muon", "absent": "no such thing"},
     ]
     here = {
-        "processor": "A processor", "threads": 2, "cores": 4, "isa": "avx2", "caches": {"L1": 32768},
+        "processor": "A processor", "threads": 2, "cores": 4, "load": 0.0, "isa": "avx2", "caches": {"L1": 32768},
         "system": "Linux", "python": "3.11", "torch": "2.13", "packages": {"torch": "2.13", "jax": None},
         "commit": "abc", "command": "make bench", "made": "2026-11-21", "minutes": 3.0,
     }  # fmt: skip
@@ -221,6 +221,12 @@ def test_report_and_pages_say_what_was_measured_and_what_was_missed():
     assert f"| {peers.CHOLESKY} / fused op, n = 9 | >= 50 | 1 | no |" in page and "Missed: " in page
     assert f"MBF (grafted) / Adam, {plan.CONVOLUTIONS} | <= 2.6 | 1 | yes" in page
     assert "1 of 2 goals are met" in figures and "| 10.0 us | 10.0 us, 1 x | - | - |" in figures
+
+
+def test_figures_from_a_busy_machine_say_so():
+    warning = "provisional: 3.6 other processes were running"
+    assert warning in publish.figures(some_results(load=3.6)) and warning in report.page(some_results(load=3.6))
+    assert "provisional" not in publish.figures(some_results()) + report.page(some_results())
 
 
 def test_rare_work_counts_with_its_mean():

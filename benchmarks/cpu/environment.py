@@ -18,6 +18,7 @@ def describe(command: str) -> dict:
         "made": date.today().isoformat(),
         "command": command,
         "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),  # processes that ran before this one: its figures are worth less with any
         "isa": native.cpu_isa() if native.UNAVAILABLE is None else None,
         "caches": caches(),
         "packages": {name: version(name) for name in PACKAGES},

@@ -52,6 +52,7 @@ def figures(results: dict) -> str:
         "readme.md.jinja",
         machine=report.machine(here),
         here=here,
+        busy=report.busy(here),
         met=verdicts.count("yes"),
         goals=len(verdicts),
         kernels=kernels(rows),

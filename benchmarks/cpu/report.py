@@ -41,11 +41,20 @@ def machine(here: dict) -> str:
     return f"{here['processor']}, {here['threads']} of {here['cores']} cores"
 
 
+BUSY = 0.5  # processes on average: more, and the figures say more of the others
+
+
+def busy(here: dict) -> str:
+    """A warning where the machine was not idle when the run began; else nothing."""
+    return f"provisional: {here['load']:g} other processes were running" if here["load"] > BUSY else ""
+
+
 def facts(here: dict) -> dict[str, str]:
     """The head of the report."""
     versions = {name: version for name, version in here["packages"].items() if version}
     return {
         "machine": machine(here),
+        "load": busy(here) or "idle before the run",
         "instructions": here["isa"] or "no native kernels",
         "caches": ", ".join(f"{name} {size // 1024:,} KB" for name, size in here["caches"].items()) or "unknown",
         "system": here["system"],
