@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import matplotlib
@@ -18,6 +18,7 @@ from benchmarks.ops import FUSED, OPS  # noqa: E402
 
 WIDTH = 4.4  # inches: 420 pixels
 OURS = {"cpu": "mbf_kernels", "reference": "reference backend"}
+NAMED = (1, 4, 16, 64)  # n whose points have their figure beside them
 STYLE = {"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 8.5, "svg.hashsalt": "mbf", "lines.markersize": 5}
 
 
@@ -68,12 +69,16 @@ def legend(figure: pyplot.Figure, columns: int = 1) -> None:
     figure.legend(loc="outside lower center", ncols=columns, frameon=False)
 
 
+def intensity(row: dict) -> float:
+    """Flops per byte that must move."""
+    return row["count"] * OPS[FUSED].flops(row["n"]) / row["bytes"]
+
+
 def roofline(rows: list[dict]) -> tuple[str, str, pyplot.Figure]:
     figure, panel = figure_and_panel(5.4, "flops per byte that must move", "Gflop/s")
     (copy,) = timed(rows, part="roofs", what="copy")
     (product,) = timed(rows, part="roofs", what="matrix product", dtype="float32")
     by = fused_by(rows)
-    intensity: Callable[[dict], float] = lambda row: row["count"] * OPS[FUSED].flops(row["n"]) / row["bytes"]  # noqa: E731
     ends = (0.2, max(20.0, 2 * product["gflops"] / copy["gbps"]))
     panel.plot(ends, [copy["gbps"] * end for end in ends], "k--", lw=1, label=f"copy, {copy['gbps']:.0f} GB/s")
     panel.axhline(product["gflops"], color="k", lw=1, label=f"matrix product, {product['gflops']:.0f} Gflop/s")
@@ -83,8 +88,11 @@ def roofline(rows: list[dict]) -> tuple[str, str, pyplot.Figure]:
         ours = name == OURS["cpu"]
         panel.plot(xs, ys, "o-" if ours else ".-", lw=2 if ours else 0.8, label=name, color="tab:red" if ours else None)
         if ours:
-            for x, y, point in list(zip(xs, ys, points, strict=True))[::2]:
-                panel.annotate(f"n={point['n']}", (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+            for x, y, point in zip(xs, ys, points, strict=True):
+                if point["n"] in NAMED:
+                    panel.annotate(
+                        f"n={point['n']}", (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=8
+                    )
     panel.set_ylim(top=3 * product["gflops"])
     legend(figure)
     caption = (
@@ -119,8 +127,8 @@ def speedup(rows: list[dict]) -> tuple[str, str, pyplot.Figure]:
 def ticks(panel: pyplot.Axes, sizes: list[int]) -> None:
     """At sizes that leave room for their figures on a logarithmic axis."""
     kept: list[int] = []
-    for size in sizes:
-        if not kept or size >= 1.45 * kept[-1]:
+    for size in reversed(sizes):
+        if not kept or kept[-1] >= 1.45 * size:
             kept.append(size)
     panel.set_xticks(kept, list(map(str, kept)))
     panel.set_xticks([], minor=True)

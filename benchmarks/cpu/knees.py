@@ -47,15 +47,15 @@ def against_count(n: int, points: list[dict], caches: dict[str, int]) -> str:
     fewest = min(together)
     least = min(together.values(), key=lambda point: point["ns_per_block"])
     flat = min(b for b, point in together.items() if point["ns_per_block"] <= FLAT * least["ns_per_block"])
-    parts = [f"n = {n}: a call with {fewest:,} blocks takes {together[fewest]['median_us']:.3g} us"]
+    parts = [f"n = {n}: a call with {fewest:,} blocks takes {number(together[fewest]['median_us'])} us"]
     parts.append(
-        f"from {flat:,} blocks on a block costs at most {FLAT} times the least, {least['ns_per_block']:.3g} ns"
+        f"from {flat:,} blocks on a block costs at most {FLAT} times the least, {number(least['ns_per_block'])} ns"
     )
     if most > 1:
         ratios = {b: alone[b]["median_us"] / together[b]["median_us"] for b in together}
         pays = [b for b in sorted(ratios) if all(ratios[more] >= PAYS for more in ratios if more >= b)]
         parts.append(f"{most} threads pay from {pays[0]:,} blocks on" if pays else f"{most} threads do not pay")
-    places = [f"{cost:.3g} ns {place}" for place, cost in by_cache(n, alone, caches, flat).items()]
+    places = [f"{number(cost)} ns {place}" for place, cost in by_cache(n, alone, caches, flat).items()]
     return "; ".join(parts) + (f". One thread: {', '.join(places)}." if len(places) > 1 else ".")
 
 
