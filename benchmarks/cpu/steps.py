@@ -92,11 +92,11 @@ def enter(plan: Plan, method: Method, parameters: dict[str, Parameter]) -> Conte
     checked = method.make(list(twins.items()))
     check_first_steps(twins, method, checked)
     period, seconds = period_of(method, checked), max(timed(checked.step), timed(checked.step))
-    needed = max(period, RARE) + WARM_UP + period
+    profiled = 1 + min(period, RARE)
+    needed = max(period, profiled) + WARM_UP + period
     if period > 1 and needed * seconds > plan.patience:
         raise NotApplicable(f"left out: a step takes {seconds:.1f} s, and {needed} are needed")
     del checked
-    profiled = 1 + min(period, RARE)
     optimizer, peak = with_peak_bytes(lambda: method.make(list(twins.items())), profiled)
     for _ in range(period - profiled):  # MBF refreshes more often in its first period
         optimizer.step()
