@@ -83,7 +83,7 @@ FULL = Plan(
     },
     seconds=0.25,
     patience=60,
-    cubes=1e11,
+    cubes=2e10,
     copy_bytes=512 * MIB,
     product_size=2048,
 )
