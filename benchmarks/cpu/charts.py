@@ -168,7 +168,7 @@ def against_count(rows: list[dict]) -> tuple[str, str, pyplot.Figure]:
     points = timed(rows, part="against count")
     most = max(point["threads"] for point in points)
     for index, n in enumerate(sorted({point["n"] for point in points})):
-        for threads, style in ((1, ":"), (most, "-")):
+        for threads, style in {1: ":", most: "-"}.items():
             drawn = [point for point in points if (point["n"], point["threads"]) == (n, threads)]
             label = f"n = {n}" if threads == most else None
             panel.plot(*curve(drawn, "count"), style, color=f"C{index}", label=label)
