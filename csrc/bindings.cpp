@@ -63,8 +63,8 @@ mbf::Problem problem(int64_t count, int64_t fisher, int64_t factor, int64_t info
             block_view(out)};
 }
 
-// ((address, matrix stride, sample inner count, outer, inner, element inner count, outer, inner), (address and stride of
-// the bias that joins, or zeros)); None: the step has no such tensor.
+// ((address, matrix stride, sample inner count, outer, inner, element inner count, outer, inner), (address and stride
+// of the bias that joins, or zeros)); None: the step has no such tensor.
 using SharedView =
     std::optional<std::pair<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>,
                             std::pair<int64_t, int64_t>>>;
@@ -206,9 +206,8 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "cpu_launch_shared",
         [](mbf::DType dtype, int size, const SharedProblems& problems, const mbf::Parameters& parameters,
-           double square_decay, int threads) {
-            mbf::cpu::launch_shared(dtype, size, problems, {parameters, square_decay}, threads);
-        },
+           double square_decay,
+           int threads) { mbf::cpu::launch_shared(dtype, size, problems, {parameters, square_decay}, threads); },
         py::arg("dtype"), py::arg("size"), py::arg("problems"), py::arg("parameters"), py::arg("square_decay"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>());
     m.def(

@@ -236,6 +236,55 @@ MBF_FN void solve(L l, I inverse, V* MBF_RESTRICT x, int n_) {
     }
 }
 
+// The same bits, R columns at a time, so that each x is loaded and stored once for R of them: for sizes that are only
+// known at run time, whose x does not stay in registers.
+template <int R, class V, class L, class I>
+MBF_FN void solve_in_tiles(L l, I inverse, V* MBF_RESTRICT x, int n) {
+    const int tiles = n / R * R;
+    for (int j = 0; j < tiles; j += R) {
+        V t[R];
+        MBF_UNROLL
+        for (int c = 0; c < R; ++c) {
+            t[c] = x[j + c];
+            MBF_UNROLL
+            for (int p = 0; p < c; ++p) t[c] = t[c] - l[row(j + c) + j + p] * t[p];
+            t[c] = t[c] * inverse[j + c];
+            x[j + c] = t[c];
+        }
+        for (int i = j + R; i < n; ++i) {
+            V sum = x[i];
+            MBF_UNROLL
+            for (int c = 0; c < R; ++c) sum = sum - l[row(i) + j + c] * t[c];
+            x[i] = sum;
+        }
+    }
+    for (int k = tiles; k < n; ++k) {
+        x[k] = x[k] * inverse[k];
+        for (int i = k + 1; i < n; ++i) x[i] = x[i] - l[row(i) + k] * x[k];
+    }
+    for (int k = n - 1; k >= tiles; --k) {
+        x[k] = x[k] * inverse[k];
+        for (int i = 0; i < k; ++i) x[i] = x[i] - l[row(k) + i] * x[k];
+    }
+    for (int j = tiles - R; j >= 0; j -= R) {
+        V t[R];
+        MBF_UNROLL
+        for (int c = R - 1; c >= 0; --c) {
+            t[c] = x[j + c];
+            MBF_UNROLL
+            for (int p = R - 1; p > c; --p) t[c] = t[c] - l[row(j + p) + j + c] * t[p];
+            t[c] = t[c] * inverse[j + c];
+            x[j + c] = t[c];
+        }
+        for (int i = 0; i < j; ++i) {
+            V sum = x[i];
+            MBF_UNROLL
+            for (int c = R - 1; c >= 0; --c) sum = sum - l[row(j + c) + i] * t[c];
+            x[i] = sum;
+        }
+    }
+}
+
 // The square of an element of Adam's step u = mhat / (sqrt(vhat) + eps), with mhat = momentum_scale * D and
 // vhat = fisher_scale * diag(F).
 template <class V, class S>

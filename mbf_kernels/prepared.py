@@ -116,6 +116,7 @@ class _Kept:
         op: str,
         launch: Any,
         backend: Any,
+        params: Sequence[Tensor],
         written: Sequence[Tensor],
         grads: Sequence[Tensor],
         offsets: list[int],  # from the address of a gradient to that of its view
@@ -123,12 +124,13 @@ class _Kept:
     ):
         self._op, self._launch, self._backend = op, launch, backend
         self._addresses = list(map(Tensor.data_ptr, written))
-        self._strided = [tensor for tensor in written if tensor.ndim > 1]  # a vector that stays keeps its stride
-        self._strides_of_written = list(map(Tensor.stride, self._strided))
+        self._matrices = [param for param in params if param.ndim > 1]  # a vector that stays keeps its stride
+        self._strides_of_matrices = list(map(Tensor.stride, self._matrices))
         self._strides = list(map(Tensor.stride, grads))
         self._numels = list(map(Tensor.numel, grads))
         self._dtypes = [grad.dtype for grad in grads]
-        self._devices = [grad.device for grad in grads]
+        self._devices_of = _are_on_cpu if written[0].is_cpu else _devices
+        self._devices = self._devices_of(grads)
         self._names, self._like = names, written[:1]
         self._offsets = offsets if any(offsets) else None
         self._options: dict | None = None  # those that the launch last had, where they are numbers
@@ -151,7 +153,7 @@ class _Kept:
             return None
         views = [part for parts in entries["grads"] for part in parts]
         offsets = [view.data_ptr() - grad.data_ptr() for view, grad in zip(views, grads, strict=True)]
-        return cls(step._op, launch, backend, step._written, grads, offsets, set(options))
+        return cls(step._op, launch, backend, step._params, step._written, grads, offsets, set(options))
 
     def fits(self, backend: Any, grads: Sequence[Tensor], written: Sequence[Tensor], options: dict) -> bool:
         """Whether all is where it was and laid out as it was, with the same options given; numbers of elements and
@@ -165,10 +167,10 @@ class _Kept:
             and strides == self._strides
             and list(map(Tensor.numel, grads)) == self._numels
             and list(map(Tensor.data_ptr, written)) == self._addresses
-            and list(map(Tensor.stride, self._strided)) == self._strides_of_written
+            and list(map(Tensor.stride, self._matrices)) == self._strides_of_matrices
             and options.keys() == self._names
             and [grad.dtype for grad in grads] == self._dtypes
-            and [grad.device for grad in grads] == self._devices
+            and self._devices_of(grads) == self._devices
         )
 
     def __call__(
@@ -193,6 +195,14 @@ class _Kept:
         is_tensor = isinstance(weight, Tensor)
         numbers = [] if is_tensor else [checks.number(self._op, name, weight)]
         checks.weights(self._op, name, numbers, [weight] if is_tensor else [], self._like)
+
+
+def _are_on_cpu(tensors: Sequence[Tensor]) -> list[bool]:
+    return [tensor.is_cpu for tensor in tensors]  # a device costs more
+
+
+def _devices(tensors: Sequence[Tensor]) -> list[torch.device]:
+    return [tensor.device for tensor in tensors]
 
 
 def _second_weight(op: str) -> str:

@@ -70,9 +70,8 @@ private:
     int n() const { return size_of<N>(n_); }
 
     void accumulate_group(Group group) const {
-        load_triangle<N, S, kParts>(s.f, fisher, n(), group);
         grad.load(s.g, group);
-        accumulate_gradient();
+        load_and_accumulate(group);
         const V bad = poison_of_diagonal<N, V>(s.f, n());
         store_triangle<N, S, kParts>(s.f, fisher, n(), group, bad);
     }
@@ -88,14 +87,13 @@ private:
     }
 
     void fused_group(Group group) const {
-        Ahead<N, S, kParts> ahead(fisher, grad, rhs, out, group.next);
-        load_triangle<N, S, kParts>(s.f, fisher, n(), group);
-        ahead.fetch_share();
+        Ahead<N, S, kParts> ahead(fisher, grad, rhs, out, n_, group.next);
         grad.load(s.g, group);
         ahead.fetch_share();
         rhs.load(s.d, group);
         ahead.fetch_share();
-        accumulate_gradient();
+        load_and_accumulate(group);
+        ahead.fetch_share();
         ahead.fetch_share();
         factor_damped(0);
         ahead.fetch_share();
@@ -110,15 +108,22 @@ private:
     }
 
     void step_group(Group group) const {
-        Ahead<N, S, kParts> ahead(fisher, grad, rhs, out, group.next);
-        grad.load(s.g, group);
+        Ahead<N, S, kParts> ahead(fisher, grad, rhs, out, n_, group.next);
+        const bool runs = grad.is_run(group) && rhs.is_run(group) && out.is_run(group);
+        if constexpr (N > 0)
+            if (runs) form_direction_of_run(group);
         ahead.fetch_share();
-        rhs.load(s.m, group);
+        if (!runs) grad.load(s.g, group);
         ahead.fetch_share();
-        form_direction();
-        if (q.update || q.refactor || q.graft) load_triangle<N, S, kParts>(s.f, fisher, n(), group);
+        if (!runs) {
+            rhs.load(s.m, group);
+            form_direction();
+        }
         ahead.fetch_share();
-        if (q.update) accumulate_gradient();
+        if (q.update)
+            load_and_accumulate(group);
+        else if (q.refactor || q.graft)
+            load_triangle<N, S, kParts>(s.f, fisher, n(), group);
         ahead.fetch_share();
         if (q.refactor)
             factor_damped(1);
@@ -127,17 +132,21 @@ private:
         ahead.fetch_share();
         const V info = solve_checked();
         ahead.fetch_share();
-        out.load(s.w, group);
+        scale_step();
         ahead.fetch_share();
-        move_weights();
-        ahead.fetch_share();
-
         if (q.update) store_triangle<N, S, kParts>(s.f, fisher, n(), group, info);
         ahead.fetch_share();
         if (q.refactor && stored) store_triangle<N, S, kParts>(s.a, stored, n(), group, info);
-        rhs.store(s.m, group, info);
+        if constexpr (N > 0)
+            if (runs) move_run(group, info);
         ahead.fetch_share();
-        out.store(s.w, group, info);
+        if (!runs) {
+            out.load(s.w, group);
+            move_weights();
+            rhs.store(s.m, group, info);
+            out.store(s.w, group, info);
+        }
+        ahead.fetch_share();
         report(info, group);
     }
 
@@ -147,7 +156,7 @@ private:
         const V bad = poison_of_pivots<N>(s.a, s.inverse, n());
         for (int64_t r = 0; r < q.rhs_count; ++r) {
             rhs.shifted(r).load(s.x, group);
-            solve<N>(s.a, s.inverse, s.x, n());
+            solve_in_place(s.a, s.inverse, s.x);
             clear_bad(s.x, n(), bad);
             out.shifted(r).store(s.x, group, V{});
         }
@@ -169,12 +178,30 @@ private:
         for (int64_t r = 0; r < q.rhs_count; r += kLanes) {
             const int width = static_cast<int>(q.rhs_count - r < kLanes ? q.rhs_count - r : kLanes);
             for (int k = 0; k < n(); ++k) x[k] = load_part<R>(from + rhs.element(k) + r, width);
-            solve<N>(l, inverse, x, n());
+            solve_in_place(l, inverse, x);
             for (int k = 0; k < n(); ++k) store_part(to + out.element(k) + r, bad ? R{} : x[k], width);
         }
     }
 
-    MBF_SHARED void accumulate_gradient() const { accumulate<N>(s.f, s.g, S(q.decay), S(1 - q.decay), n()); }
+    // F <- decay F + (1 - decay) g g^T, in lanes.
+    MBF_SHARED void load_and_accumulate(Group group) const {
+        const S decay = q.decay, weight = 1 - q.decay;
+        if constexpr (is_tiled(N) && N > 0) {  // one pass
+            const S* tile = fisher + block_offset(N, group.first);
+            MBF_UNROLL
+            for (int i = 0; i < N; ++i) {
+                const V u = weight * s.g[i];
+                MBF_UNROLL
+                for (int j = 0; j <= i; ++j) {
+                    const V f = load_pack<S, kParts>(tile + (row(i) + j) * kTileBlocks);
+                    s.f[row(i) + j] = accumulate_entry(f, u, s.g[j], decay);
+                }
+            }
+        } else {
+            load_triangle<N, S, kParts>(s.f, fisher, n(), group);
+            accumulate<N>(s.f, s.g, decay, weight, n());
+        }
+    }
 
     // A <- L with L L^T = F + lambda I. `zero_block_lambda`: the damping of a block whose trace is zero, when
     // damping is relative.
@@ -192,10 +219,18 @@ private:
         invert_diagonal<N>(s.a, s.inverse, n());
     }
 
+    template <class L, class X>
+    MBF_FN void solve_in_place(L l, L inverse, X* x) const {
+        if constexpr (N > 0)
+            solve<N>(l, inverse, x, N);
+        else
+            solve_in_tiles<4>(l, inverse, x, n_);
+    }
+
     // x <- (L L^T)^-1 d; returns info over the pivots, g, d and x.
     MBF_SHARED V solve_checked() const {
         for (int k = 0; k < n(); ++k) s.x[k] = s.d[k];
-        solve<N>(s.a, s.inverse, s.x, n());
+        solve_in_place(s.a, s.inverse, s.x);
         V info{};
         const V doubt =
             poison_of_pivots<N>(s.a, s.inverse, n()) + poison<N>(s.g, n()) + poison<N>(s.d, n()) + poison<N>(s.x, n());
@@ -216,16 +251,62 @@ private:
         }
     }
 
-    // W <- (1 - lr weight_decay) W - lr P, or lr (|u| / |P|) P when grafted.
-    void move_weights() const {
+    // The same for tensors whose blocks follow each other: in the order of memory, where M needs no transpose. The new
+    // M stays in the workspace until it is known which blocks are good.
+    void form_direction_of_run(Group group) const {
+        using R = Register<S>;
+        constexpr int kLanes = RegisterOf<S>::kLanes;
+        const S mu = q.momentum, sign = q.maximize ? -1 : 1;
+        const S *g = grad.block(group.first), *m = rhs.block(group.first);
+        S *new_m = reinterpret_cast<S*>(s.m), *new_d = reinterpret_cast<S*>(s.w);
+        for (int i = 0; i < N * W; i += kLanes) {
+            const R g_i = sign * load<R>(g + i), m_i = mu * load<R>(m + i) + g_i;
+            mbf::store(new_m + i, m_i);
+            mbf::store(new_d + i, q.nesterov ? mu * m_i + g_i : m_i);
+        }
+        for (int p = 0; p < kParts; ++p) {
+            gather_run<N, S, kParts>(s.g, p, g + p * kLanes * N);  // its sign does not count
+            gather_run<N, S, kParts>(s.d, p, new_d + p * kLanes * N);
+        }
+    }
+
+    // Likewise W <- (1 - lr weight_decay) W - X, and M.
+    void move_run(Group group, V info) const {
+        using R = Register<S>;
+        constexpr int kLanes = RegisterOf<S>::kLanes;
+        const S shrink = 1 - q.lr.value * q.weight_decay;
+        const S* new_m = reinterpret_cast<S*>(s.m);
+        S *x = reinterpret_cast<S*>(s.w), *m = rhs.block(group.first), *w = out.block(group.first);
+        for (int p = 0; p < kParts; ++p) scatter_run<N, S, kParts>(s.x, p, x + p * kLanes * N);
+        if (!any(info != V{})) {
+            for (int i = 0; i < N * W; i += kLanes) {
+                mbf::store(m + i, load<R>(new_m + i));
+                mbf::store(w + i, shrink * load<R>(w + i) - load<R>(x + i));
+            }
+            return;
+        }
+        for (int i = 0; i < N * W; ++i) {
+            if (info[i / N] != 0) continue;
+            m[i] = new_m[i];
+            w[i] = shrink * w[i] - x[i];
+        }
+    }
+
+    // X <- lr P, or lr (|u| / |P|) P when grafted, in place of P.
+    void scale_step() const {
         V rate = V{} + S(q.lr.value);
         if (q.graft) {
             const S momentum_scale = (1 - q.momentum) / problem.momentum_weight.value;
             const S fisher_scale = 1 / problem.fisher_weight.value;
             rate = rate * graft_scale<N>(s.f, s.d, s.x, momentum_scale, fisher_scale, S(q.eps), n());
         }
+        for (int k = 0; k < n(); ++k) s.x[k] = rate * s.x[k];
+    }
+
+    // W <- (1 - lr weight_decay) W - X
+    void move_weights() const {
         const S shrink = 1 - q.lr.value * q.weight_decay;
-        for (int k = 0; k < n(); ++k) s.w[k] = shrink * s.w[k] - rate * s.x[k];
+        for (int k = 0; k < n(); ++k) s.w[k] = shrink * s.w[k] - s.x[k];
     }
 
     void clear_bad(V* x, int length, V bad) const {

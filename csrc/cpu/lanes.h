@@ -52,7 +52,7 @@ struct Pack {
     Pack() = default;
     MBF_FN Pack(S s) {
         MBF_UNROLL
-        for (int p = 0; p < P; ++p) part[p] = R{} + s;
+        for (int p = 0; p < P; ++p) part[p] = s - R{};  // + would not be a mere broadcast: -0 + 0 is 0
     }
 
     // Lane l of the pack.

@@ -207,6 +207,12 @@ public:
         return moved;
     }
 
+    // The blocks of the group lie one after the other, without gaps.
+    MBF_FN bool is_run(Group group) const {
+        return N > 0 && rows_ && block_.inner == N && group.active == P * W &&
+               group.first + P * W <= block_.inner_count;
+    }
+
     // Element k of block b is at block(b)[element(k)].
     S* block(int64_t b) const { return base_ + (b < block_.inner_count ? b * block_.inner : offset(block_, b)); }
     int64_t element(int k) const { return element_[k]; }
@@ -233,13 +239,14 @@ private:
         const int n = size_of<N>(n_);
         if constexpr (N > 0)
             if (is_run(group, p)) return gather_run<N, S, P>(v, p, block(group.first + p * W));
+        if (is_beside(group, p)) {
+            const S* start = block(group.first + p * W);
+            for (int k = 0; k < n; ++k) v[k].part[p] = mbf::load<Register<S>>(start + element_[k]);
+            return;
+        }
         S* rows[W];
         find_rows(rows, p, group);
         if (rows_) return gather_rows<S, P>(v, p, rows, n);
-        if (contiguous(rows)) {
-            for (int k = 0; k < n; ++k) v[k].part[p] = mbf::load<Register<S>>(rows[0] + element_[k]);
-            return;
-        }
         for (int k = 0; k < n; ++k)
             for (int l = 0; l < W; ++l) v[k].part[p][l] = rows[l][element_[k]];
     }
@@ -248,22 +255,35 @@ private:
         const int n = size_of<N>(n_);
         if constexpr (N > 0)
             if (!skip && is_run(group, p)) return scatter_run<N, S, P>(v, p, block(group.first + p * W));
+        if (!skip && is_beside(group, p)) {
+            S* start = block(group.first + p * W);
+            for (int k = 0; k < n; ++k) mbf::store(start + element_[k], v[k].part[p]);
+            return;
+        }
         S* rows[W];
         find_rows(rows, p, group);
         if (rows_) return scatter_rows<S, P>(v, p, rows, n, skip);
-        if (!skip && contiguous(rows)) {
-            for (int k = 0; k < n; ++k) mbf::store(rows[0] + element_[k], v[k].part[p]);
-            return;
-        }
         for (int k = 0; k < n; ++k)
             for (int l = 0; l < W; ++l)
                 if (!(skip >> l & 1)) rows[l][element_[k]] = v[k].part[p][l];
     }
 
-    // Part p is W contiguous blocks, one after the other.
-    bool is_run(Group group, int p) const {
-        return rows_ && block_.inner == size_of<N>(n_) && (p + 1) * W <= group.active &&
-               group.first + (p + 1) * W <= block_.inner_count;
+    // Part p is W blocks, one after the other.
+    bool is_run(Group group, int p) const { return rows_ && block_.inner == size_of<N>(n_) && is_even(group, p); }
+
+    // Part p is W blocks side by side: an element of all of them is contiguous.
+    bool is_beside(Group group, int p) const { return block_.inner == 1 && is_even(group, p); }
+
+    // Part p is W active blocks at one stride.
+    bool is_even(Group group, int p) const {
+        return (p + 1) * W <= group.active &&
+               remainder(group.first + p * W, block_.inner_count) + W <= block_.inner_count;
+    }
+
+    // a % b; most often a < b, and else both are small, which divides faster.
+    static int64_t remainder(int64_t a, int64_t b) {
+        if (a < b) return a;
+        return (a | b) >> 32 ? a % b : static_cast<uint32_t>(a) % static_cast<uint32_t>(b);
     }
 
     void find_rows(S** rows, int p, Group group) const {
@@ -277,12 +297,6 @@ private:
         }
     }
 
-    static bool contiguous(S* const* rows) {
-        bool next = true;
-        for (int l = 1; l < W; ++l) next &= rows[l] == rows[0] + l;
-        return next;
-    }
-
     S* base_;
     Strides block_;
     int n_;
@@ -291,35 +305,42 @@ private:
 };
 
 // Asks for the memory of the pack that starts at block `first`, a share at a time between the stages of the present
-// one: all at once would exceed the misses that a core can track and stall it. Only for compiled sizes, whose
-// arithmetic is too short to hide memory otherwise.
+// one: all at once would exceed the misses that a core can track and stall it. Large blocks have arithmetic enough to
+// hide what the processor fetches by itself.
 template <int N, class S, int P>
 class Ahead {
 public:
     using View = LaneView<N, S, P>;
 
-    MBF_FN Ahead(const S* storage, const View& a, const View& b, const View& c, int64_t first)
-        : triangle_(storage + block_offset(N, first)),
+    MBF_FN Ahead(const S* storage, const View& a, const View& b, const View& c, int n_, int64_t first)
+        : n_(n_),
+          triangle_(storage + block_offset(size_of<N>(n_), first)),
           views_{&a, &b, &c},
           starts_{a.block(first), b.block(first), c.block(first)} {}
 
     MBF_FN void fetch_share() {
-        if (N == 0) return;
+        const int n = size_of<N>(n_);
+        if (n > kLargest) return;
+        const int share = share_of(is_tiled(n) ? triangle_size(n) : padded_triangle_size(n));
         MBF_UNROLL
-        for (int i = 0; i < kTriangleShare; ++i) __builtin_prefetch(triangle_ + i * kLine, 1);
-        triangle_ += kTriangleShare * kLine;
+        for (int i = 0; i < share; ++i) __builtin_prefetch(triangle_ + i * kLine, 1);
+        triangle_ += share * kLine;
         for (int v = 0; v < 3; ++v)
-            for (int i = line_; i < line_ + kVectorShare; ++i) __builtin_prefetch(views_[v]->line(starts_[v], i), 1);
-        line_ += kVectorShare;
+            for (int i = line_; i < line_ + share_of(n); ++i) __builtin_prefetch(views_[v]->line(starts_[v], i), 1);
+        line_ += share_of(n);
     }
 
 private:
-    static constexpr int kShares = 8;  // an op has about as many stages
+    static constexpr int kShares = 10;  // as many as a step asks for
+    static constexpr int kLargest = 64;
     static constexpr int kLine = 64 / sizeof(S);
-    static constexpr int kLinesPerEntry = P * kRegisterBytes / 64;
-    static constexpr int kTriangleShare = (triangle_size(N) * kLinesPerEntry + kShares - 1) / kShares;
-    static constexpr int kVectorShare = (N * kLinesPerEntry + kShares - 1) / kShares;
 
+    // Lines in a share of `entries` entries of a pack.
+    MBF_FN static constexpr int share_of(int entries) {
+        return (entries * P * kRegisterBytes / 64 + kShares - 1) / kShares;
+    }
+
+    const int n_;
     const S* triangle_;
     const View* const views_[3];
     const S* const starts_[3];

@@ -33,7 +33,7 @@ MBF_FN void multiply_tile(T* MBF_RESTRICT c, int ld, bool add, const T* a, int a
         for (int j = 0; j < C; ++j) row[j] = load<V>(b + k * ld + j * W);
         MBF_UNROLL
         for (int i = 0; i < kTileRows; ++i) {
-            const V scale = V{} + a[i * a_row + k * a_step];
+            const V scale = a[i * a_row + k * a_step] - V{};  // a broadcast
             MBF_UNROLL
             for (int j = 0; j < C; ++j) sum[i][j] += scale * row[j];
         }

@@ -18,74 +18,78 @@ constexpr int kLine = 64 / sizeof(S);
 // How the elements of a mini-block lie: next to each other, likewise but for the last one, or anyhow.
 enum class Layout { kContiguous, kJoined, kScattered };
 
-// The mini-blocks of one matrix, n scalars each, moved in registers; lanes past n are zero when read and never written.
+// One mini-block, n scalars, moved in registers; lanes past n are zero when read and never written. A value, so that
+// the compiler keeps it in registers whatever is stored through it.
 template <Layout layout>
-class Rows {
-public:
-    Rows(const SharedView& view, int n, int64_t samples)
-        : base_(static_cast<S*>(view.base)),
-          last_(static_cast<S*>(view.last)),
-          matrix_(view.matrix),
-          last_sample_(view.last_sample),
-          sample_(view.sample),
-          n_(n),
-          run_(view.last ? n - 1 : n),
-          even_(sample_.inner_count >= samples) {
-        if (layout == Layout::kScattered && base_)
-            for (int k = 0; k < run_; ++k) element_[k] = offset(view.element, k);
-    }
+struct Row {
+    S* start;
+    S* last;                 // of a joined row, which lies elsewhere
+    const int64_t* element;  // of a scattered row, from the start
+    int n, run;              // elements, and those that do not lie elsewhere
 
-    void select(int64_t matrix) { start_ = base_ + matrix * matrix_; }
-
-    MBF_FN V load(int64_t sample, int k) const {
+    MBF_FN V load(int k) const {
         V v{};
         if constexpr (layout == Layout::kScattered) {
-            for (int l = 0; l < W && k + l < n_; ++l) v[l] = *element(sample, k + l);
+            for (int l = 0; l < W && k + l < n; ++l) v[l] = *place(k + l);
+        } else if (k + W <= run) {
+            v.part[0] = mbf::load<Register<S>>(start + k);
         } else {
-            const S* from = row(sample) + k;
-            if (k + W <= run_) {
-                v.part[0] = mbf::load<Register<S>>(from);
-            } else {
-                v.part[0] = load_part<Register<S>>(from, run_ - k);
-                if constexpr (layout == Layout::kJoined) v[run_ - k] = last_[sample * last_sample_];
-            }
+            v.part[0] = load_part<Register<S>>(start + k, run - k);
+            if constexpr (layout == Layout::kJoined) v[run - k] = *last;
         }
         return v;
     }
 
-    MBF_FN void store(int64_t sample, int k, V v) const {
+    MBF_FN void store(int k, V v) const {
         if constexpr (layout == Layout::kScattered) {
-            for (int l = 0; l < W && k + l < n_; ++l) *element(sample, k + l) = v[l];
+            for (int l = 0; l < W && k + l < n; ++l) *place(k + l) = v[l];
+        } else if (k + W <= run) {
+            mbf::store(start + k, v.part[0]);
         } else {
-            S* to = row(sample) + k;
-            if (k + W <= run_) {
-                mbf::store(to, v.part[0]);
-            } else {
-                store_part(to, v.part[0], run_ - k);
-                if constexpr (layout == Layout::kJoined) last_[sample * last_sample_] = v[run_ - k];
-            }
+            store_part(start + k, v.part[0], run - k);
+            if constexpr (layout == Layout::kJoined) *last = v[run - k];
         }
     }
 
-    MBF_FN void prefetch(int64_t sample) const {
+    MBF_FN void prefetch() const {
         if constexpr (layout != Layout::kScattered)
-            for (int k = 0; k < run_; k += kLine) __builtin_prefetch(row(sample) + k, 1);
+            for (int k = 0; k < run; k += kLine) __builtin_prefetch(start + k, 1);
     }
 
 private:
-    MBF_FN S* row(int64_t sample) const { return start_ + (even_ ? sample * sample_.inner : offset(sample_, sample)); }
+    MBF_FN S* place(int k) const { return k < run ? start + element[k] : last; }
+};
 
-    S* element(int64_t sample, int k) const {
-        return k < run_ ? row(sample) + element_[k] : last_ + sample * last_sample_;
+// The mini-blocks of one matrix. Small, to be copied before a loop: then it stays in registers, too.
+template <Layout layout>
+class Rows {
+public:
+    // Room for n offsets at `element`.
+    Rows(const SharedView& view, int n, int64_t samples, int64_t matrix, int64_t* element)
+        : start_(static_cast<S*>(view.base) + matrix * view.matrix),
+          last_(static_cast<S*>(view.last)),
+          sample_(view.sample),
+          last_sample_(view.last_sample),
+          element_(element),
+          n_(n),
+          run_(view.last ? n - 1 : n),
+          even_(view.sample.inner_count >= samples) {
+        if (layout == Layout::kScattered && view.base)
+            for (int k = 0; k < n; ++k) element[k] = offset(view.element, k);
     }
 
-    S *const base_, *const last_;
-    S* start_ = nullptr;
-    const int64_t matrix_, last_sample_;
-    const Strides sample_;
-    const int n_, run_;  // elements, and those that lie in rows
-    const bool even_;    // one stride between samples
-    int64_t element_[layout == Layout::kScattered ? MBF_MAX_SIZE : 1];
+    MBF_FN Row<layout> operator[](int64_t sample) const {
+        const int64_t from = even_ ? sample * sample_.inner : offset(sample_, sample);
+        return {start_ + from, last_ + sample * last_sample_, element_, n_, run_};
+    }
+
+private:
+    S *start_, *last_;
+    Strides sample_;
+    int64_t last_sample_;
+    const int64_t* element_;
+    int n_, run_;
+    bool even_;  // one stride between samples
 };
 
 Layout layout_of(const SharedView& view, int n) {
@@ -118,17 +122,18 @@ MBF_FN S sum(V v) {
 template <Layout layout>
 class SharedStep {
 public:
-    SharedStep(const SharedProblem& problem, const MomentParameters& parameters, int n, void* scratch)
+    SharedStep(const SharedProblem& problem, const MomentParameters& parameters, int n, int64_t matrix, void* scratch)
         : problem(problem),
           q(parameters.step),
           n(n),
           ld(padded_row<S>(n)),
+          matrix(matrix),
           square_decay(parameters.square_decay),
           square_rest(1 - parameters.square_decay),
-          grad(problem.grad, n, problem.samples),
-          momentum(problem.momentum, n, problem.samples),
-          square(problem.square, n, problem.samples),
-          param(problem.param, n, problem.samples) {
+          grad(problem.grad, n, problem.samples, matrix, elements[0]),
+          momentum(problem.momentum, n, problem.samples, matrix, elements[1]),
+          square(problem.square, n, problem.samples, matrix, elements[2]),
+          param(problem.param, n, problem.samples, matrix, elements[3]) {
         char* at = static_cast<char*>(scratch);
         const auto take = [&](auto& pointer, int rows, int row) {
             pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
@@ -144,10 +149,9 @@ public:
         for (S** tile : {&m, &v, &d, &p}) take(*tile, kTileRows, ld);
     }
 
-    void run(int64_t matrix) {
-        for (Rows<layout>* rows : {&grad, &momentum, &square, &param}) rows->select(matrix);
-        if (q.update) update_fisher(matrix);
-        const int info = invert(matrix);
+    void run() const {
+        if (q.update) update_fisher();
+        const int info = invert();
         int64_t bad = info ? problem.samples : 0;
         for (int64_t s = 0; s < problem.samples && !info; s += kTileRows) bad += move(s);
         if (problem.info) problem.info[matrix] = info;
@@ -156,7 +160,7 @@ public:
 
 private:
     // F <- decay F + (1 - decay) mean_s g_s g_s^T, unless its diagonal would not be finite.
-    void update_fisher(int64_t matrix) const {
+    void update_fisher() const {
         for (int64_t s = 0; s < problem.samples; s += kSharedRows) {
             const int count = static_cast<int>(problem.samples - s < kSharedRows ? problem.samples - s : kSharedRows);
             pack(s, count);
@@ -180,15 +184,20 @@ private:
     int64_t entry_of(int i, int j) const { return (triangle_size(i) + j) * entry_stride(n); }
 
     void pack(int64_t first, int count) const {
-        for (int r = 0; r < count; ++r) {
-            if (first + r + kSharedRows < problem.samples) grad.prefetch(first + r + kSharedRows);
-            for (int k = 0; k < n; k += W) store(packed + r * ld + k, grad.load(first + r, k));
+        const Rows<layout> rows = grad;
+        const int end = ld;
+        const int64_t samples = problem.samples;
+        S* to = packed;
+        for (int64_t s = first; s < first + count; ++s, to += end) {
+            const Row<layout> from = rows[s];
+            if (s + kSharedRows < samples) rows[s + kSharedRows].prefetch();
+            for (int k = 0; k < end; k += W) store(to + k, from.load(k));
         }
     }
 
     // inverse <- (F + lambda I)^-1, through double so that it costs no accuracy against solves with L. Where only
     // directions count, its largest entry is 1, so that no length leaves the range of S. Returns info.
-    int invert(int64_t matrix) const {
+    int invert() const {
         const int wide = padded_row<double>(n);
         const S* f = static_cast<const S*>(q.refactor ? problem.fisher : problem.factor) + block_offset(n, matrix);
         for (int i = 0; i < n; ++i)
@@ -230,81 +239,104 @@ private:
     // The step of up to kTileRows mini-blocks; returns how many are bad and keep what they had.
     int move(int64_t first) const {
         const int active = static_cast<int>(problem.samples - first < kTileRows ? problem.samples - first : kTileRows);
-        S adam[kTileRows] = {};
-        for (int r = 0; r < active; ++r) adam[r] = prepare(r, first + r);
-        for (int r = active; r < kTileRows; ++r)
-            for (int k = 0; k < ld; k += W) store(d + r * ld + k, V{});
+        S adam[kTileRows], rate[kTileRows];
+        prepare(first, active, adam);
         multiply_rows(p, ld, ld, false, d, ld, 1, inverse, n);
-        int bad = 0;
-        for (int r = 0; r < active; ++r) bad += !finish(r, first + r, adam[r]);
+        const int bad = find_rates(active, adam, rate);
+        finish(first, active, rate);
         return bad;
     }
 
-    // M <- mu M + g, D = mu M + g (Nesterov) or M, v <- beta_2 v + (1 - beta_2) g^2, in the tile; returns |u|^2 up to
-    // mhat's factor, NaN if anything is not finite.
-    S prepare(int r, int64_t sample) const {
-        grad.prefetch(sample + kTileRows);
-        momentum.prefetch(sample + kTileRows);
+    // M <- mu M + g, D = mu M + g (Nesterov) or M, v <- beta_2 v + (1 - beta_2) g^2, in the tile; |u|^2 up to mhat's
+    // factor, NaN if anything is not finite.
+    void prepare(int64_t first, int active, S* adam) const {
+        const Rows<layout> g_rows = grad, m_rows = momentum, v_rows = square;
         const S mu = q.momentum, sign = q.maximize ? -1 : 1, beta = square_decay, rest = square_rest;
         const S scale = 1 / problem.square_weight, eps = q.eps;
-        V adam{};
-        for (int k = 0; k < ld; k += W) {
-            const V g = sign * grad.load(sample, k);
-            const V new_m = mu * momentum.load(sample, k) + g;
-            const V new_d = q.nesterov ? mu * new_m + g : new_m;
-            store(m + r * ld + k, new_m);
-            store(d + r * ld + k, new_d);
-            adam = adam + (new_d - new_d);
-            if (!q.graft) continue;
-            const V new_v = beta * square.load(sample, k) + rest * g * g;
-            store(v + r * ld + k, new_v);
-            const V denominator = square_root(scale * new_v) + eps;
-            const V u = select(denominator > V{}, new_d / denominator, V{});
-            adam = adam + u * u + (new_v - new_v);
+        const bool graft = q.graft, nesterov = q.nesterov;
+        const int end = ld;
+        S *new_m = m, *new_d = d, *new_v = v;
+        for (int r = 0; r < active; ++r) {
+            const Row<layout> g_row = g_rows[first + r], m_row = m_rows[first + r], v_row = v_rows[first + r];
+            g_rows[first + r + kTileRows].prefetch();
+            m_rows[first + r + kTileRows].prefetch();
+            V sum_of_squares{};
+            for (int k = 0; k < end; k += W) {
+                const V g_k = sign * g_row.load(k);
+                const V m_k = mu * m_row.load(k) + g_k;
+                const V d_k = nesterov ? mu * m_k + g_k : m_k;
+                store(new_m + k, m_k);
+                store(new_d + k, d_k);
+                sum_of_squares = sum_of_squares + (d_k - d_k);
+                if (!graft) continue;
+                const V v_k = beta * v_row.load(k) + rest * g_k * g_k;
+                store(new_v + k, v_k);
+                const V denominator = square_root(scale * v_k) + eps;
+                const V u = select(denominator > V{}, d_k / denominator, V{});
+                sum_of_squares = sum_of_squares + u * u + (v_k - v_k);
+            }
+            adam[r] = sum(sum_of_squares);
+            new_m += end, new_d += end, new_v += end;
         }
-        return sum(adam);
+        for (int t = 0; t < (kTileRows - active) * end; t += W) store(new_d + t, V{});
     }
 
-    // W <- (1 - lr weight_decay) W - lr P, or lr (|u| / |P|) P when grafted; with it M and v. False for a bad block.
-    bool finish(int r, int64_t sample, S adam) const {
-        param.prefetch(sample + kTileRows);
-        if (q.graft) square.prefetch(sample + kTileRows);
-        S unit = 1, length = squared_length(r, unit);
-        if (!(length > kSmall && length < 1 / kSmall)) {
-            unit = 1 / peak(r);
-            length = squared_length(r, unit);
+    // alpha, or alpha |u| / |P| when grafted; NaN for a bad mini-block. Returns how many those are.
+    int find_rates(int active, const S* adam, S* rate) const {
+        int bad = 0;
+        for (int r = 0; r < active; ++r) {
+            const S* step = p + r * ld;
+            S unit = 1, length = squared_length(step, unit);
+            if (!(length > kSmall && length < 1 / kSmall)) {
+                unit = 1 / peak(step);
+                length = squared_length(step, unit);
+            }
+            rate[r] = q.lr.value;
+            if (q.graft) {
+                const S ratio = length > 0 ? unit * square_root(adam[r] / length) : 0;
+                rate[r] *= S((1 - q.momentum) / problem.momentum_weight) * ratio;
+            }
+            rate[r] += (adam[r] - adam[r]) + (length - length);
+            bad += rate[r] != rate[r];
         }
-        if (!(adam - adam == 0 && length - length == 0)) return false;
+        return bad;
+    }
 
-        S rate = q.lr.value;
-        if (q.graft) {
-            const S ratio = length > 0 ? unit * square_root(adam / length) : 0;
-            rate *= S((1 - q.momentum) / problem.momentum_weight) * ratio;
-        }
+    // W <- (1 - alpha gamma) W - rate P; with it M and v.
+    void finish(int64_t first, int active, const S* rate) const {
+        const Rows<layout> m_rows = momentum, v_rows = square, w_rows = param;
         const S shrink = 1 - q.lr.value * q.weight_decay;
-        for (int k = 0; k < ld; k += W) {
-            momentum.store(sample, k, load<V>(m + r * ld + k));
-            param.store(sample, k, shrink * param.load(sample, k) - rate * load<V>(p + r * ld + k));
-            if (q.graft) square.store(sample, k, load<V>(v + r * ld + k));
+        const bool graft = q.graft;
+        const int end = ld;
+        for (int r = 0; r < active; ++r) {
+            const Row<layout> m_row = m_rows[first + r], v_row = v_rows[first + r], w_row = w_rows[first + r];
+            w_rows[first + r + kTileRows].prefetch();
+            if (graft) v_rows[first + r + kTileRows].prefetch();
+            if (rate[r] != rate[r]) continue;
+            const S *new_m = m + r * end, *new_v = v + r * end, *step = p + r * end;
+            for (int k = 0; k < end; k += W) {
+                m_row.store(k, load<V>(new_m + k));
+                w_row.store(k, shrink * w_row.load(k) - rate[r] * load<V>(step + k));
+                if (graft) v_row.store(k, load<V>(new_v + k));
+            }
         }
-        return true;
     }
 
     // |unit P|^2
-    MBF_FN S squared_length(int r, S unit) const {
+    MBF_FN S squared_length(const S* step, S unit) const {
         V length{};
-        for (int k = 0; k < ld; k += W) {
-            const V x = unit * load<V>(p + r * ld + k);
+        for (int k = 0, end = ld; k < end; k += W) {
+            const V x = unit * load<V>(step + k);
             length = length + x * x;
         }
         return sum(length);
     }
 
     // The largest magnitude in P, NaN if there is one; at least what has a quotient.
-    MBF_SHARED S peak(int r) const {
+    MBF_SHARED S peak(const S* step) const {
         S largest = kSmall;
         for (int k = 0; k < n; ++k) {
-            const S magnitude = p[r * ld + k] < 0 ? -p[r * ld + k] : p[r * ld + k];
+            const S magnitude = step[k] < 0 ? -step[k] : step[k];
             largest = magnitude <= largest ? largest : magnitude;  // NaN stays
         }
         return largest;
@@ -315,8 +347,10 @@ private:
     const SharedProblem& problem;
     const Parameters& q;
     const int n, ld;
-    const S square_decay, square_rest;  // the rest from the double: 1 - S(0.999) has three digits less
-    Rows<layout> grad, momentum, square, param;
+    const int64_t matrix;
+    const S square_decay, square_rest;
+    int64_t elements[4][layout == Layout::kScattered ? MBF_MAX_SIZE : 1];
+    const Rows<layout> grad, momentum, square, param;
     double *u, *y, *wide_inverse;  // L^T, L^-1 and their product, the inverse
     S *statistic, *inverse, *packed;
     S *m, *v, *d, *p;  // a tile of mini-blocks
@@ -330,7 +364,7 @@ void MBF_SHARED_KERNEL(const SharedProblem& problem, const MomentParameters& par
                        void* scratch) {
     switch (layout_of(problem, n)) {
 #define MBF_CASE(layout) \
-    case layout: return SharedStep<layout>(problem, parameters, n, scratch).run(matrix);
+    case layout: return SharedStep<layout>(problem, parameters, n, matrix, scratch).run();
         MBF_CASE(Layout::kContiguous)
         MBF_CASE(Layout::kJoined)
         MBF_CASE(Layout::kScattered)

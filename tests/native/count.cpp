@@ -1,5 +1,5 @@
-// Counts the instructions that the CPU kernels take per mini-block. The processor's trap flag stops the program after
-// every instruction: the counts are exact, whatever else the machine does, and know AVX-512.
+// Counts the instructions that the CPU kernels take per mini-block, shared matrix or element. The processor's trap flag
+// stops the program after every instruction: the counts are exact, whatever else the machine does, and know AVX-512.
 //
 //   count                   the compiler and the instruction sets that can be counted here
 //   count ISA [WORD...]     instructions per block of the kernels whose names have every WORD, as in:
@@ -34,12 +34,16 @@ struct Isa {
     std::string name;
     int64_t register_bytes;
     cpu::Kernel of_floats, of_doubles;
-    int largest;  // n: a trap takes microseconds
+    cpu::SharedKernel shared;
+    cpu::DiagonalKernel diagonal;
+    int largest, largest_shared;  // n: a trap takes microseconds
 };
 const std::vector<Isa> kIsas = {
-    {"avx512", 64, cpu::run_avx512_float, cpu::run_avx512_double, 128},
-    {"avx2", 32, cpu::run_avx2_float, cpu::run_avx2_double, 64},
-    {"baseline", 16, cpu::run_baseline_float, cpu::run_baseline_double, 64},
+    {"avx512", 64, cpu::run_avx512_float, cpu::run_avx512_double, cpu::shared_avx512_float, cpu::diagonal_avx512_float,
+     128, 64},
+    {"avx2", 32, cpu::run_avx2_float, cpu::run_avx2_double, cpu::shared_avx2_float, cpu::diagonal_avx2_float, 64, 64},
+    {"baseline", 16, cpu::run_baseline_float, cpu::run_baseline_double, cpu::shared_baseline_float,
+     cpu::diagonal_baseline_float, 64, 25},
 };
 
 // An op in one of its forms. Steps are those of MBF and of MBF.paper.
@@ -143,6 +147,43 @@ double instructions_per_block(const Isa& isa, cpu::Kernel kernel, const Form& fo
     return double(steps_of([&] { run(pack); }) - steps_of([&] { run(0); })) / pack;
 }
 
+// Likewise of one shared matrix: its inverse, or with twice as many mini-blocks as without, what each of them adds.
+double shared_instructions(const Isa& isa, int n, bool per_matrix) {
+    constexpr int64_t kSamples = 2 * cpu::kSharedRows;
+    std::vector<float> fisher(block_offset(n, kTileBlocks)), grad(kSamples * n, 1), momentum(grad), square(grad),
+        param(grad);
+    const auto view = [&](std::vector<float>& of) {
+        return SharedView{of.data(), n, {kSamples, 0, n}, {n, 0, 1}, nullptr, 0};
+    };
+    SharedProblem problem = {};
+    problem.count = 1;
+    problem.fisher = fisher.data();
+    problem.momentum_weight = problem.square_weight = 0.5;
+    problem.grad = view(grad), problem.momentum = view(momentum);
+    problem.square = view(square), problem.param = view(param);
+    MomentParameters q = {parameters_of({"", Op::kStep, true}), 0.75};
+    q.step.nesterov = true;
+    q.step.update = !per_matrix;
+    const std::unique_ptr<void, void (*)(void*)> scratch(aligned_alloc(64, cpu::shared_scratch_bytes(n)), free);
+    const auto steps_with = [&](int64_t samples) {
+        problem.samples = samples;
+        isa.shared(problem, q, n, 0, scratch.get());
+        return steps_of([&] { isa.shared(problem, q, n, 0, scratch.get()); });
+    };
+    if (per_matrix) return double(steps_with(0));
+    return double(steps_with(kSamples) - steps_with(kSamples / 2)) / (kSamples / 2);
+}
+
+double diagonal_instructions(const Isa& isa) {
+    constexpr int64_t kElements = 256;
+    std::vector<float> grad(kElements, 1), momentum(grad), square(grad), param(grad);
+    const DiagonalProblem problem = {kElements, 0.5, 0.5, grad.data(), momentum.data(), square.data(), param.data()};
+    const MomentParameters q = {parameters_of({"", Op::kStep, true}), 0.75};
+    const auto run = [&](int64_t elements) { isa.diagonal(problem, q, 0, elements); };
+    run(kElements);
+    return double(steps_of([&] { run(kElements); }) - steps_of([&] { run(0); })) / kElements;
+}
+
 bool has_words(const std::string& name, const std::set<std::string>& words) {
     std::istringstream stream(name);
     const std::set<std::string> found{std::istream_iterator<std::string>(stream), {}};
@@ -158,6 +199,19 @@ void print_counts(const Isa& isa, cpu::Kernel kernel, const char* dtype, const s
             if (n > std::min(isa.largest, form.largest) || !has_words(name, words)) continue;
             printf("%.2f %s\n", instructions_per_block<S>(isa, kernel, form, n), name.c_str());
         }
+}
+
+void print_others(const Isa& isa, const std::set<std::string>& words) {
+    const auto print = [&](int n, const char* form, const auto& count) {
+        const std::string name = isa.name + " float32 n=" + std::to_string(n) + " " + form;
+        if (has_words(name, words)) printf("%.2f %s\n", count(), name.c_str());
+    };
+    for (int n : {9, 25, 64}) {
+        if (n > isa.largest_shared) continue;
+        print(n, "mbf_shared_step_ mini-block", [&] { return shared_instructions(isa, n, false); });
+        print(n, "mbf_shared_step_ matrix", [&] { return shared_instructions(isa, n, true); });
+    }
+    print(1, "mbf_diagonal_step_", [&] { return diagonal_instructions(isa); });
 }
 
 }  // namespace
@@ -176,5 +230,6 @@ int main(int argc, char** argv) {
         if (isa.name != argv[1]) continue;
         print_counts<float>(isa, isa.of_floats, "float32", kFloatSizes, words);
         print_counts<double>(isa, isa.of_doubles, "float64", kDoubleSizes, words);
+        print_others(isa, words);
     }
 }
