@@ -26,7 +26,7 @@ public:
     Buffer(int64_t count, size_t offset) : offset_(kZone + offset), initial_(count), wanted_(count) {
         if (posix_memalign(reinterpret_cast<void**>(&memory_), 64, total())) abort();
         memset(memory_, kCanary, total());
-        memset(static_cast<void*>(initial_.data()), 0xff, bytes());
+        if (count) memset(static_cast<void*>(initial_.data()), 0xff, bytes());
         guard(true);
     }
     ~Buffer() {
@@ -44,7 +44,7 @@ public:
     // What the kernel is given.
     T& initial(int64_t i) { return initial_[i]; }
     void reset() {
-        if (memory_) memcpy(data(), initial_.data(), bytes());
+        if (bytes()) memcpy(data(), initial_.data(), bytes());
     }
 
     void expect(int64_t i, double value, double margin) { wanted_[i] = {true, value, margin}; }

@@ -426,8 +426,8 @@ void run_diagonal(const std::string& isa) {
 // The steps of shared matrices and of tensors without blocks. Threads race where there is enough for several.
 void run_moments(const std::string& isa) {
     cpu::set_isa(isa);
-    for (int n : kFindsRaces ? std::vector<int>{17, 33} : kSharedSizes) {
-        const std::vector<int64_t> samples = kFindsRaces ? std::vector<int64_t>{130} : shared_samples(n);
+    for (int n : kFindsRaces ? std::vector<int>{33} : kSharedSizes) {
+        const std::vector<int64_t> samples = kFindsRaces ? std::vector<int64_t>{65} : shared_samples(n);
         run_shared<float>(isa, n, samples);
         run_shared<double>(isa, n, samples);
     }
