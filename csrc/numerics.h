@@ -186,26 +186,35 @@ MBF_FN void factor_tile(V* MBF_RESTRICT l, I inverse, F f, int i0, int j0) {
     }
 }
 
+// What a factorisation does between its tiles, unless told otherwise.
+struct Nothing {
+    MBF_FN void operator()() const {}
+};
+
 // Columns j0 .. j0+C of the factor, in tiles of R rows and then single rows.
-template <int R, int C, class V, class I, class F>
-MBF_FN void factor_columns(V* MBF_RESTRICT l, I inverse, F f, V lambda, int j0, int n) {
+template <int R, int C, class V, class I, class F, class Between>
+MBF_FN void factor_columns(V* MBF_RESTRICT l, I inverse, F f, V lambda, int j0, int n, Between between) {
+    between();
     factor_diagonal_tile<C>(l, inverse, f, lambda, j0);
     int i = j0 + C;
     MBF_UNROLL_IN_REGISTERS
-    for (; i + R <= n; i += R) factor_tile<R, C>(l, inverse, f, i, j0);
+    for (; i + R <= n; i += R) {
+        between();
+        factor_tile<R, C>(l, inverse, f, i, j0);
+    }
     MBF_UNROLL_IN_REGISTERS
     for (; i < n; ++i) factor_tile<1, C>(l, inverse, f, i, j0);
 }
 
 // L with L L^T = F + lambda I (Cholesky, left-looking, in R x R tiles), inverse <- 1 / diag(L).
-template <int N, int R, class V, class I, class F>
-MBF_FN void factor(V* MBF_RESTRICT l, I inverse, F f, V lambda, int n_) {
+template <int N, int R, class V, class I, class F, class Between = Nothing>
+MBF_FN void factor(V* MBF_RESTRICT l, I inverse, F f, V lambda, int n_, Between between = {}) {
     const int n = size_of<N>(n_);
     int j = 0;
     MBF_UNROLL_IN_REGISTERS
-    for (; j + R <= n; j += R) factor_columns<R, R>(l, inverse, f, lambda, j, n);
+    for (; j + R <= n; j += R) factor_columns<R, R>(l, inverse, f, lambda, j, n, between);
     MBF_UNROLL_IN_REGISTERS
-    for (; j < n; ++j) factor_columns<R, 1>(l, inverse, f, lambda, j, n);
+    for (; j < n; ++j) factor_columns<R, 1>(l, inverse, f, lambda, j, n, Nothing{});
 }
 
 // inverse <- 1 / diag(L). A failed factor is zero: its inverse is infinite and shows in poison_of_pivots.

@@ -36,6 +36,7 @@ class Kernels {
     static constexpr int kTile = N == 0 && kRegisters > 16 ? 4 : 3;
     static constexpr int W = kParts * RegisterOf<S>::kLanes;
     using V = Lanes<S, kParts>;
+    using Next = Ahead<N, kTile, S, kParts>;
 
 public:
     Kernels(const Problem& problem, const Parameters& parameters, int n, void* scratch)
@@ -78,7 +79,7 @@ private:
 
     void factor_group(Group group) const {
         load_triangle<N, S, kParts>(s.f, fisher, n(), group);
-        factor_damped(0);
+        factor_damped(0, nullptr);
         V info{};
         if (any(poison_of_pivots<N>(s.a, s.inverse, n()) != V{})) info = flag_pivots<N>(info, s.a, s.inverse, n());
         clear_bad(s.a, triangle_size(n()), info);
@@ -87,7 +88,7 @@ private:
     }
 
     void fused_group(Group group) const {
-        Ahead<N, S, kParts> ahead(fisher, grad, rhs, out, n_, group.next);
+        Next ahead(fisher, grad, rhs, out, n_, group.next);
         grad.load(s.g, group);
         ahead.fetch_share();
         rhs.load(s.d, group);
@@ -95,7 +96,7 @@ private:
         load_and_accumulate(group);
         ahead.fetch_share();
         ahead.fetch_share();
-        factor_damped(0);
+        factor_damped(0, &ahead);
         ahead.fetch_share();
         const V info = solve_checked();
         ahead.fetch_share();
@@ -108,7 +109,7 @@ private:
     }
 
     void step_group(Group group) const {
-        Ahead<N, S, kParts> ahead(fisher, grad, rhs, out, n_, group.next);
+        Next ahead(fisher, grad, rhs, out, n_, group.next);
         const bool runs = grad.is_run(group) && rhs.is_run(group) && out.is_run(group);
         if constexpr (N > 0)
             if (runs) form_direction_of_run(group);
@@ -126,7 +127,7 @@ private:
             load_triangle<N, S, kParts>(s.f, fisher, n(), group);
         ahead.fetch_share();
         if (q.refactor)
-            factor_damped(1);
+            factor_damped(1, &ahead);
         else
             load_factor(group);
         ahead.fetch_share();
@@ -203,15 +204,17 @@ private:
         }
     }
 
-    // A <- L with L L^T = F + lambda I. `zero_block_lambda`: the damping of a block whose trace is zero, when
-    // damping is relative.
-    MBF_SHARED void factor_damped(S zero_block_lambda) const {
+    // A <- L with L L^T = F + lambda I, while `next` fetches. `zero_block_lambda`: the damping of a block whose trace
+    // is zero, when damping is relative.
+    MBF_SHARED void factor_damped(S zero_block_lambda, Next* next) const {
         V lambda = V{} + S(q.damping.value);
         if (q.relative) {
             const V t = trace<N, V>(s.f, n());
             lambda = select(t > V{}, lambda * (t / S(n())), V{} + zero_block_lambda);
         }
-        factor<N, kTile>(s.a, s.inverse, s.f, lambda, n());
+        factor<N, kTile>(s.a, s.inverse, s.f, lambda, n(), [=] {
+            if (next) next->fetch_share();
+        });
     }
 
     void load_factor(Group group) const {

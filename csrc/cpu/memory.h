@@ -304,46 +304,56 @@ private:
     int64_t element_[N > 0 ? N : MBF_MAX_SIZE];
 };
 
-// Asks for the memory of the pack that starts at block `first`, a share at a time between the stages of the present
-// one: all at once would exceed the misses that a core can track and stall it. Large blocks have arithmetic enough to
-// hide what the processor fetches by itself.
-template <int N, class S, int P>
+// Asks for the memory of the pack that starts at block `first`, a share at a time between the stages of the present one
+// and between the R x R tiles of its factorisation: all at once would exceed the misses that a core can track and stall
+// it. Large blocks have arithmetic enough to hide what the processor fetches by itself.
+template <int N, int R, class S, int P>
 class Ahead {
 public:
     using View = LaneView<N, S, P>;
 
     MBF_FN Ahead(const S* storage, const View& a, const View& b, const View& c, int n_, int64_t first)
-        : n_(n_),
-          triangle_(storage + block_offset(size_of<N>(n_), first)),
+        : triangle_(storage + block_offset(size_of<N>(n_), first)),
           views_{&a, &b, &c},
-          starts_{a.block(first), b.block(first), c.block(first)} {}
+          starts_{a.block(first), b.block(first), c.block(first)},
+          shares_(size_of<N>(n_)) {}
 
     MBF_FN void fetch_share() {
-        const int n = size_of<N>(n_);
-        if (n > kLargest) return;
-        const int share = share_of(is_tiled(n) ? triangle_size(n) : padded_triangle_size(n));
+        const Shares shares = N > 0 ? Shares(N) : shares_;
         MBF_UNROLL
-        for (int i = 0; i < share; ++i) __builtin_prefetch(triangle_ + i * kLine, 1);
-        triangle_ += share * kLine;
+        for (int i = 0; i < shares.triangle; ++i) __builtin_prefetch(triangle_ + i * kLine, 1);
+        triangle_ += shares.triangle * kLine;
+        if (line_ >= shares.lines) return;
         for (int v = 0; v < 3; ++v)
-            for (int i = line_; i < line_ + share_of(n); ++i) __builtin_prefetch(views_[v]->line(starts_[v], i), 1);
-        line_ += share_of(n);
+            for (int i = line_; i < line_ + shares.vector; ++i) __builtin_prefetch(views_[v]->line(starts_[v], i), 1);
+        line_ += shares.vector;
     }
 
 private:
-    static constexpr int kShares = 10;  // as many as a step asks for
+    static constexpr int kStages = 10;  // after which a step asks
     static constexpr int kLargest = 64;
     static constexpr int kLine = 64 / sizeof(S);
 
-    // Lines in a share of `entries` entries of a pack.
-    MBF_FN static constexpr int share_of(int entries) {
-        return (entries * P * kRegisterBytes / 64 + kShares - 1) / kShares;
-    }
+    struct Shares {
+        int lines;             // of a vector
+        int triangle, vector;  // lines of each in a share
 
-    const int n_;
+        MBF_FN constexpr explicit Shares(int n)
+            : lines(n > kLargest ? 0 : lines_of(n)),
+              triangle(n > kLargest ? 0 : share(lines_of(is_tiled(n) ? triangle_size(n) : padded_triangle_size(n)), n)),
+              vector(share(lines, n)) {}
+
+        MBF_FN static constexpr int lines_of(int entries) { return (entries * P * kRegisterBytes + 63) / 64; }
+        MBF_FN static constexpr int share(int lines, int n) {
+            const int count = kStages + triangle_size(n / R);
+            return (lines + count - 1) / count;
+        }
+    };
+
     const S* triangle_;
     const View* const views_[3];
     const S* const starts_[3];
+    const Shares shares_;
     int line_ = 0;
 };
 
