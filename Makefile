@@ -1,6 +1,8 @@
 # make demo    train three problems with MBF and its rivals; FAST=1 for a minute's worth
 # make test    the test suite
-# make bench   kernel and step benchmarks
+# make bench   kernels and optimizer steps beside their peers: report.html and figures in benchmarks/results/; FAST=1 for
+#              two minutes' worth, PEERS=1 to install the libraries it compares with, OUT=folder for another place
+# make performance    docs/performance.md and the README's figures from the committed results of make bench
 # make gpu     on a machine with an NVIDIA GPU: build, test, sanitize and measure, in under nine minutes
 # make sanitize-address, make sanitize-thread    the CPU and the emulated GPU kernels under sanitizers: cmake and a C++
 #              compiler are all they need
@@ -32,7 +34,7 @@ PY = $(VENV)/bin/python
 NATIVE = $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.toml
 SOURCES_CXX = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: demo test bench gpu gates sanitize-address sanitize-thread instructions lint format clean
+.PHONY: demo test bench performance gpu gates sanitize-address sanitize-thread instructions lint format clean
 
 demo: $(VENV)/installed
 	$(PY) -m benchmarks.demo $(if $(FAST),--fast)
@@ -42,8 +44,12 @@ test: $(VENV)/installed
 	MBF_BACKEND=emulated $(PY) -m pytest tests/test_mbf.py tests/test_partition.py tests/test_capturable.py -q -n auto
 	TRITON_INTERPRET=1 $(PY) -m pytest $(OPS:%=tests/test_%.py) -q -n auto -k triton
 
-bench: $(VENV)/installed
-	$(PY) -m pytest benchmarks -q --benchmark-only --benchmark-columns=min,median,iqr,rounds
+bench: $(VENV)/installed $(if $(PEERS),$(VENV)/peers)
+	BENCH_COMMAND="$(strip make bench $(if $(FAST),FAST=1) $(if $(PEERS),PEERS=1))" \
+		$(PY) -m benchmarks.cpu $(if $(FAST),--plan fast) $(if $(OUT),--out "$(OUT)")
+
+performance: $(VENV)/installed
+	$(PY) -m benchmarks.cpu.publish
 
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu $(if $(PARTS),--parts "$(PARTS)") $(if $(OUT),--out "$(OUT)") \
@@ -81,7 +87,11 @@ $(VENV)/bin/python:
 # A development build: without the kernels it fails instead of falling back, and it has the emulator.
 $(VENV)/installed: $(VENV)/bin/python $(NATIVE)
 	$(PY) -m pip install --quiet "$(TORCH)" "$(TRITON)" numpy
-	MBF_NATIVE=1 MBF_EMULATOR=ON MBF_CUDA_ARCHITECTURES="$(ARCHITECTURES)" $(PY) -m pip install --quiet -e ".[test,demo]"
+	MBF_NATIVE=1 MBF_EMULATOR=ON MBF_CUDA_ARCHITECTURES="$(ARCHITECTURES)" $(PY) -m pip install --quiet -e ".[test,demo,bench]"
+	touch $@
+
+$(VENV)/peers: $(VENV)/installed
+	$(PY) -m pip install --quiet "$(TORCH)" "mbf-kernels[peers]"
 	touch $@
 
 $(VENV)/linters: $(VENV)/bin/python Makefile

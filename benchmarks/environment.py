@@ -1,5 +1,6 @@
 """Where a measurement was made: versions, processor, threads, commit."""
 
+import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
@@ -34,4 +35,11 @@ def commit() -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
         return None

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import methods, shapes, timing
+from benchmarks.goals import find
 from benchmarks.gpu import __main__ as command_line
 from benchmarks.gpu import (
     build,
@@ -20,13 +22,12 @@ from benchmarks.gpu import (
     rows,
     sanitize,
     sanitize_cases,
-    shapes,
     steps,
     suite,
-    timing,
 )
 from benchmarks.gpu.results import ROOT, Results, child_environment, digest
 from benchmarks.gpu.setting import GIB, Setting
+from benchmarks.ops import FUSED
 
 GPU = Setting("cuda", "cuda", True, True, 2 * GIB, 50 * 2**20, 0.3)
 
@@ -156,11 +157,11 @@ def test_rows_have_names_of_their_own():
 def test_every_goal_compares_two_rows_that_are_measured():
     measured = [{**row.facts, "median_us": 1.0} for module in (ops, steps) for row in module.rows(GPU)]
     for ratio in goals.ratios():
-        if "muon" in ratio.by.values() and "muon" not in steps.METHODS:
+        if "muon" in ratio.by.values() and "muon" not in methods.METHODS:
             continue
-        of, by = goals.find(measured, ratio.of), goals.find(measured, ratio.by)
+        of, by = find(measured, ratio.of), find(measured, ratio.by)
         assert of and by and of != by, ratio.what
-    assert goals.find(measured, goals.HOST_MICROSECONDS[0])
+    assert find(measured, goals.HOST_MICROSECONDS[0])
 
 
 # results
@@ -459,21 +460,26 @@ def test_percentiles_are_interpolated():
 
 
 def test_the_networks_have_their_known_sizes():
-    assert (len(shapes.resnet50()), sum(map(prod, shapes.resnet50()))) == (161, 25_557_032)
-    assert sum(map(prod, shapes.filters(shapes.resnet50()))) == 9 * 1_257_472
+    assert (len(shapes.resnet50()), sum(map(prod, shapes.resnet50().values()))) == (161, 25_557_032)
+    assert sum(map(prod, shapes.filters(shapes.resnet50()).values())) == 9 * 1_257_472
+    known = {shapes.resnet18: 11_689_512, shapes.resnet32: 464_154, shapes.vgg16: 14_719_818}
+    for network, count in known.items():
+        assert sum(map(prod, network().values())) == count
+    assert sum(map(prod, shapes.transformer().values())) == 12 * 7_087_872
+    assert sum(map(prod, shapes.autoencoder(784, 1000, 500, 250, 30).values())) == 2_837_314
 
 
 def test_a_check_does_not_pass_nan_or_a_wrong_step():
     start = torch.zeros(4, 4, 3, 3, dtype=torch.float64)
     truth = start + 1
-    steps.check_step(truth.float(), truth, start, 10)
+    methods.check_step(truth.float(), truth, start, 9, 10)
     for wrong in (float("nan"), 2.0):
         with pytest.raises(AssertionError):
-            steps.check_step(torch.full_like(truth, wrong).float(), truth, start, 10)
+            methods.check_step(torch.full_like(truth, wrong).float(), truth, start, 9, 10)
 
 
 def kernel(**facts):
-    row = {"name": "fused n=9", "op": goals.FUSED, "n": 9, "dtype": "float32", "mapping": "default", "full": True}
+    row = {"name": "fused n=9", "op": FUSED, "n": 9, "dtype": "float32", "mapping": "default", "full": True}
     timed = {"backend": "cuda", "median_us": 10.0, "p20_us": 9.0, "p80_us": 20_000.0, "gbps": 2550.0}
     return row | timed | facts
 

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu.rows import Row
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.timing import measure
+from benchmarks.timing import measure
 
 
 def rows(s: Setting) -> Iterator[Row]:

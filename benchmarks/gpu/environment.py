@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
@@ -10,7 +9,7 @@ import subprocess
 
 import torch
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, version
 
 PACKAGES = ("torch", "triton", "pybind11", "cmake", "ninja", "setuptools", "pip", "numpy", "scipy", "hypothesis")
 PACKAGES += ("pytest", "pytest-xdist", "pytest-timeout", "pytest-benchmark", "scikit-learn")
@@ -64,13 +63,6 @@ def output(command: list[str]) -> str:
 def first_match(pattern: str, text: str) -> str | None:
     found = re.search(pattern, text)
     return found[1] if found else None
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

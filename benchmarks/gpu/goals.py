@@ -1,38 +1,17 @@
-"""The goals as numbers. A ratio compares two rows of one run, found by their facts."""
+"""The goals on a GPU as numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from benchmarks.goals import Ratio
 from benchmarks.gpu.ops import TRITON_SIZES
-
-FUSED = "accumulate_factor_solve_"
+from benchmarks.ops import FUSED
 
 
 def percent_of_copy(n: int) -> int:
     """What the fused op should reach of the device's copy bandwidth, in float32."""
     return 85 if n <= 16 else 70 if n <= 32 else 50 if n <= 64 else 35
-
-
-@dataclass(frozen=True)
-class Ratio:
-    what: str
-    of: dict  # facts of the row whose median is divided ...
-    by: dict  # ... by this one's
-    at_most: float | None = None
-    at_least: float | None = None
-
-    def goal(self) -> str:
-        return f"<= {self.at_most:g}" if self.at_most is not None else f">= {self.at_least:g}"
-
-    def met(self, value: float) -> bool:
-        return value <= self.at_most if self.at_most is not None else value >= self.at_least
-
-
-def find(rows: Iterable[dict], facts: dict) -> dict | None:
-    """The row that has all these facts and a measurement."""
-    return next((row for row in rows if "median_us" in row and facts.items() <= row.items()), None)
 
 
 def step(what: str, method: str, layout: str = "contiguous", mode: str = "eager") -> dict:

@@ -5,22 +5,21 @@ Every row checks a sample of its blocks against float64 before it is timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from benchmarks.baseline import fused_bytes, linalg_step
+from benchmarks.baseline import linalg_step
 from benchmarks.gpu.rows import Row
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.timing import measure, measure_graph
-from mbf_kernels import SymmetricBlocks, accumulate_, accumulate_factor_solve_, factor, native, solve
-from mbf_kernels.testing import assert_below, assert_factors, assert_solves
+from benchmarks.ops import DAMPING, DECAY, OPS, Problem, accumulated, damped, dense
+from benchmarks.timing import measure, measure_graph
+from mbf_kernels import native
+from mbf_kernels.testing import assert_solves
 
-DECAY, DAMPING = 0.95, 0.1
 SIZES = (4, 9, 12, 16, 20, 24, 25, 32, 48, 49, 64, 96, 128)
 TRITON_SIZES = (4, 9, 12, 16, 20)
 CROSSOVERS = {n: ("thread", "group") for n in (12, 16, 20)} | {n: ("group", "block") for n in (24, 32, 48, 64)}
@@ -58,104 +57,6 @@ def rows(s: Setting) -> Iterator[Row]:
     yield from (Kernel(s, n, dtype=torch.float64).row() for n in doubles)
 
 
-class Problem:
-    """Random blocks F = s s^T + I, gradients and right-hand sides [B, n] on the device."""
-
-    def __init__(self, s: Setting, count: int, n: int, dtype: torch.dtype, layout: str, seed: int):
-        generator = torch.Generator(s.device).manual_seed(seed)
-        samples, g, rhs = torch.randn(3, count, n, generator=generator, device=s.device, dtype=dtype)
-        lower = torch.tril_indices(n, n, device=s.device)
-        packed = samples[:, lower[0]] * samples[:, lower[1]]
-        packed[:, lower[0] == lower[1]] += 1
-        self.fisher = SymmetricBlocks.from_packed(packed)
-        if layout == "channels_last":  # element after element of all blocks, as within one output of such a weight
-            g, rhs = g.mT.contiguous().mT, rhs.mT.contiguous().mT
-        self.g, self.rhs = g.clone(), rhs.clone()
-        self.lower: SymmetricBlocks | None = None  # the factor, once `solve` needs it
-
-    def sample(self) -> Tensor:
-        """Indices of up to 4096 blocks, the first and the last among them."""
-        count = min(len(self.fisher), 4096, max(2, 2**23 // self.fisher.size**2))
-        return torch.linspace(0, len(self.fisher) - 1, count, dtype=torch.float64).long().to(self.g.device)
-
-
-def dense(blocks: SymmetricBlocks, index: Tensor) -> Tensor:
-    return SymmetricBlocks.from_packed(blocks.to_packed()[index]).to_dense().double()
-
-
-def accumulated(before: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """The new F in float64, and the bound on its rounding: six operations on each element."""
-    g, eps = g.double(), torch.finfo(g.dtype).eps
-    outer = g[:, :, None] * g[:, None, :]
-    magnitude = DECAY * before.abs() + (1 - DECAY) * outer.abs()
-    return DECAY * before + (1 - DECAY) * outer, 6 * eps * magnitude
-
-
-def damped(matrix: Tensor) -> Tensor:
-    return matrix + DAMPING * torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
-
-
-def fused(p: Problem):
-    return accumulate_factor_solve_(p.fisher, p.g, p.rhs, decay=DECAY, damping=DAMPING)
-
-
-def check_fused(p: Problem) -> None:
-    index = p.sample()
-    before, poison = dense(p.fisher, index), torch.full_like(p.rhs, float("nan"))
-    del poison  # what the op does not write is NaN
-    x, info = fused(p)
-    truth, bound = accumulated(before, p.g[index])
-    assert_below((dense(p.fisher, index) - truth).abs(), bound, "error of F")
-    assert_solves(damped(truth), x[index], p.rhs[index], p.rhs.dtype)
-    assert not info.any(), f"info is {int(info.max())} for a good block"
-    assert x.isfinite().all(), "the solution is not finite"
-
-
-def check_accumulate(p: Problem) -> None:
-    index = p.sample()
-    truth, bound = accumulated(dense(p.fisher, index), p.g[index])
-    accumulate_(p.fisher, p.g, decay=DECAY)
-    assert_below((dense(p.fisher, index) - truth).abs(), bound, "error of F")
-
-
-def check_factor(p: Problem) -> None:
-    index = p.sample()
-    lower, info = factor(p.fisher, damping=DAMPING)
-    assert_factors(damped(dense(p.fisher, index)), dense(lower, index), p.g.dtype)
-    assert not info.any(), f"info is {int(info.max())} for a good block"
-
-
-def check_solve(p: Problem) -> None:
-    index = p.sample()
-    p.lower, _ = factor(p.fisher, damping=DAMPING)
-    x = solve(p.lower, p.rhs)
-    assert_solves(damped(dense(p.fisher, index)), x[index], p.rhs[index], p.rhs.dtype)
-    assert x.isfinite().all(), "the solution is not finite"
-
-
-@dataclass(frozen=True)
-class Op:
-    call: Callable[[Problem], object]
-    check: Callable[[Problem], None]
-    moved: Callable[[int, int], int]  # bytes per block of size n and scalars of itemsize
-
-
-OPS = {
-    "accumulate_factor_solve_": Op(fused, check_fused, fused_bytes),
-    "accumulate_": Op(
-        lambda p: accumulate_(p.fisher, p.g, decay=DECAY),
-        check_accumulate,
-        lambda n, itemsize: itemsize * (n * (n + 1) + n),
-    ),
-    "factor": Op(
-        lambda p: factor(p.fisher, damping=DAMPING), check_factor, lambda n, itemsize: itemsize * n * (n + 1) + 4
-    ),
-    "solve": Op(
-        lambda p: solve(p.lower, p.rhs), check_solve, lambda n, itemsize: itemsize * (n * (n + 1) // 2 + 2 * n)
-    ),
-}
-
-
 @dataclass(frozen=True)
 class Kernel:
     """One measurement of one of our ops; `count` None fills the device."""
@@ -188,7 +89,8 @@ class Kernel:
         moved = count * op.moved(self.n, self.dtype.itemsize)
         with self.s.using(backend), self.forced():
             problems = [
-                Problem(self.s, count, self.n, self.dtype, self.layout, seed) for seed in range(self.s.sets(moved))
+                op.problem(self.s.device, count, self.n, self.dtype, self.layout, seed)
+                for seed in range(self.s.sets(moved))
             ]
             op.check(problems[0])
             clock = measure_graph if self.mode == "graph" else measure
@@ -218,7 +120,8 @@ class Linalg:
     def run(self, count: int) -> dict:
         touched = count * self.n**2 * 4
         problems = [
-            Problem(self.s, count, self.n, torch.float32, "contiguous", seed) for seed in range(self.s.sets(touched))
+            Problem(self.s.device, count, self.n, torch.float32, "contiguous", seed)
+            for seed in range(self.s.sets(touched))
         ]
         if self.op == "cholesky_ex":
             calls = [partial(torch.linalg.cholesky_ex, damped(p.fisher.to_dense())) for p in problems]

@@ -6,7 +6,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.goals import find
 from benchmarks.gpu import goals
+from benchmarks.markdown import one_line, table, time_text
+from benchmarks.ops import FUSED
 
 # {"OP n=N DTYPE MAPPING": {"percent_of_copy": 92, "limit": "memory"}}, from the compiled instructions
 PREDICTIONS = Path(__file__).with_name("predicted.json")
@@ -96,12 +99,12 @@ def summary(rows: list[dict], ceiling: float | None) -> str:
     """The goals that are ratios and times, and how far they are reached."""
     lines = []
     for ratio in goals.ratios():
-        of, by = goals.find(rows, ratio.of), goals.find(rows, ratio.by)
+        of, by = find(rows, ratio.of), find(rows, ratio.by)
         if of and by:
             value = of["median_us"] / by["median_us"]
             lines.append((ratio.what, f"{value:.3g}", ratio.goal(), "yes" if ratio.met(value) else "no"))
     facts, limit = goals.HOST_MICROSECONDS
-    host = goals.find(rows, facts)
+    host = find(rows, facts)
     if host:
         reached = "yes" if host["median_us"] <= limit else "no"
         lines.append(("host time of MBF.step, ResNet-50", f"{host['median_us']:.0f} us", f"<= {limit} us", reached))
@@ -129,7 +132,7 @@ def cells(row: dict, ceiling: float | None, predictions: dict) -> tuple[str, ...
 def goal_of(row: dict) -> int | None:
     """Percent of the copy ceiling, for the rows that have such a goal: the fused op as it comes, filling the device."""
     as_it_comes = row.get("mapping") == "default" and row.get("backend") != "triton"
-    if row.get("op") != goals.FUSED or not row.get("full") or not as_it_comes or row.get("dtype") != "float32":
+    if row.get("op") != FUSED or not row.get("full") or not as_it_comes or row.get("dtype") != "float32":
         return None
     return goals.percent_of_copy(row["n"])
 
@@ -143,16 +146,3 @@ def prediction_of(row: dict, predictions: dict) -> dict | None:
         return predictions[prefix + row["mapping"]]
     others = [value for key, value in predictions.items() if key.startswith(prefix) and row["mapping"] == "default"]
     return max(others, key=lambda value: value["percent_of_copy"], default=None)
-
-
-def time_text(microseconds: float) -> str:
-    return f"{microseconds:.1f} us" if microseconds < 1e4 else f"{microseconds / 1e3:.2f} ms"
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

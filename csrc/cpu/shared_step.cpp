@@ -73,7 +73,7 @@ public:
           element_(element),
           n_(n),
           run_(view.last ? n - 1 : n),
-          even_(view.sample.inner_count >= samples) {
+          even_(!view.base || view.sample.inner_count >= samples) {
         if (layout == Layout::kScattered && view.base)
             for (int k = 0; k < n; ++k) element[k] = offset(view.element, k);
     }
@@ -89,7 +89,7 @@ private:
     int64_t last_sample_;
     const int64_t* element_;
     int n_, run_;
-    bool even_;  // one stride between samples
+    bool even_;  // one stride between samples (or no tensor at all)
 };
 
 Layout layout_of(const SharedView& view, int n) {

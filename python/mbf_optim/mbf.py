@@ -15,7 +15,7 @@ from .layers import Layer, layers_of
 from .options import check_options, keep_device_scalars, with_numbers
 from .plan import Plan, gradients
 from .report import Report, Row
-from .schedule import capturing, on_host, refuse_capture
+from .schedule import capturing, intervals, on_host, refuse_capture
 
 
 class MBF(Optimizer):
@@ -183,7 +183,7 @@ class MBF(Optimizer):
 
     def report(self) -> Report:
         """A row for every tensor (a joined bias in its weight's): structure, matrices, state bytes, skipped blocks."""
-        return Report(self._row(layer, group) for group, layers in self._layers() for layer in layers)
+        return Report(self._row(group, layer) for group, layers in self._layers() for layer in layers)
 
     def state_dict(self) -> dict:
         """As in torch; F and L in canonical form, packed lower triangles [count, T]."""
@@ -263,14 +263,14 @@ class MBF(Optimizer):
                 self.state[param]["second_moment"] = square
         return state
 
-    def _row(self, layer: Layer, group: dict) -> Row:
+    def _row(self, group: dict, layer: Layer) -> Row:
         params = layer.params
         state = self.state[layer.weight] if layer.weight in self.state else {}
         vectors = 2 if _needs_squares(layer, group) else 1
         size = sum(vectors * param.numel() * param.element_size() for param in params)
         for blocks in layer.blocks:
             matrices = SymmetricBlocks.zeros(blocks.count, blocks.size, layer.weight.dtype, device="meta")
-            size += matrices.nbytes * (1 + ("factor" + blocks.suffix in state))
+            size += matrices.nbytes * (1 + (intervals(blocks, group)[1] > 1))  # F, and its factor where it is kept
         return Row(
             name=layer.name + (" + bias" if layer.bias is not None else ""),
             shape=tuple(layer.weight.shape),

@@ -21,12 +21,20 @@ class Timing:
     median: float
     p20: float
     p80: float
+    mean: float
+    worst: float
     samples: int
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Timing:
         ordered = sorted(samples)
-        return cls(percentile(ordered, 50), percentile(ordered, 20), percentile(ordered, 80), len(ordered))
+        middle, low, high = (percentile(ordered, percent) for percent in (50, 20, 80))
+        return cls(middle, low, high, sum(ordered) / len(ordered), ordered[-1], len(ordered))
+
+    def __truediv__(self, calls: int) -> Timing:
+        """Of a sample that was so many calls, the time of one."""
+        times = (self.median, self.p20, self.p80, self.mean, self.worst)
+        return Timing(*(seconds / calls for seconds in times), self.samples)
 
     def record(self, moved: int | None = None) -> dict:
         """Microseconds, and GB/s where the bytes that the call must move are known."""
@@ -51,12 +59,54 @@ def measure(calls: Sequence[Call], device: str, seconds: float) -> Timing:
         for _ in range(size):
             next(turn)()
 
-    clock = _events if torch.device(device).type == "cuda" else _wall
+    clock = _clock(device)
     batch(max(2, len(calls)))
     once = min(clock(batch, 1, 3))
-    size = min(1000, ceil(BATCH / once))
+    size = _batch_size(once)
     samples = max(3, min(200, int(seconds / (once * size))))
     return Timing.of([elapsed / size for elapsed in clock(batch, size, samples)])
+
+
+def race(
+    calls: dict[str, Call], device: str, seconds: float, periods: dict[str, int] | None = None
+) -> dict[str, Timing]:
+    """Times calls side by side: each gets `seconds`, its samples spread evenly over the whole stretch of time, so that
+    what slows the machine down slows all of them.
+
+    A call with a period does its rare work every so many calls: whole periods are sampled, call by call, as many as fit
+    into `seconds` and at least one.
+    """
+    clock, sizes, turns = _clock(device), {}, []
+    for name, call in calls.items():
+        period = (periods or {}).get(name, 1)
+        once = min(clock(_repeat(call), 1, 3))
+        sizes[name] = _batch_size(once) if period == 1 else 1
+        samples = max(3, min(200, int(seconds / (once * sizes[name]))))
+        samples = samples if period == 1 else period * max(1, round(seconds / (once * period)))
+        turns += [((index + 0.5) / samples, name) for index in range(samples)]
+    elapsed: dict[str, list[float]] = {name: [] for name in calls}
+    for _, name in sorted(turns):
+        batch, size = _repeat(calls[name]), sizes[name]
+        if size > 1:
+            batch(1)  # finds the caches as the others left them
+        elapsed[name] += [sample / size for sample in clock(batch, size, 1)]
+    return {name: Timing.of(samples) for name, samples in elapsed.items()}
+
+
+def _repeat(call: Call) -> Callable[[int], None]:
+    def batch(size: int) -> None:
+        for _ in range(size):
+            call()
+
+    return batch
+
+
+def _clock(device: str) -> Callable[[Callable[[int], None], int, int], list[float]]:
+    return _events if torch.device(device).type == "cuda" else _wall
+
+
+def _batch_size(once: float) -> int:
+    return min(1000, ceil(BATCH / once))
 
 
 def measure_graph(calls: Sequence[Call], device: str, seconds: float) -> Timing:
@@ -71,9 +121,7 @@ def measure_graph(calls: Sequence[Call], device: str, seconds: float) -> Timing:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    timing = measure([graph.replay], device, seconds)
-    share = 1 / len(calls)
-    return Timing(timing.median * share, timing.p20 * share, timing.p80 * share, timing.samples)
+    return measure([graph.replay], device, seconds) / len(calls)
 
 
 def measure_host(call: Call, device: str, samples: int) -> Timing:
