@@ -69,14 +69,14 @@ MUTATIONS = {
     "a whole register read": (
         "shared",
         "cpu/shared_step.cpp",
-        "if (k + W <= run_) {\n                v.part",
-        "if (k < run_) {\n                v.part",
+        "else if (k + W <= run) {\n            v.part",
+        "else if (k < run) {\n            v.part",
     ),
     "a whole tile moved": (
         "shared",
         "cpu/shared_step.cpp",
-        "r < active; ++r) bad += !finish",
-        "r < kTileRows; ++r) bad += !finish",
+        "static_cast<int>(problem.samples - first < kTileRows ? problem.samples - first : kTileRows)",
+        "kTileRows",
     ),
     "the last chunk forgotten": ("shared", "cpu/shared_step.cpp", "gram(statistic, s > 0,", "gram(statistic, false,"),
     "a counter that is not atomic": (
@@ -154,7 +154,7 @@ def builds(tmp_path_factory):
             (tree / "csrc" / changed).write_text(text.replace(old, new))
         for name, flags in sources.items():
             kept = (flavour, id(sources), name)
-            if mutation and name == changed:
+            if mutation and (name == changed or changed not in sources):  # a source, or what sources include
                 objects = [*objects, kernel(flavour, tree, name, flags)]
                 continue
             if kept not in unchanged:
