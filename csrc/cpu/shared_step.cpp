@@ -332,12 +332,12 @@ private:
         return sum(length);
     }
 
-    // The largest magnitude in P, NaN if there is one; at least what has a quotient.
+    // The largest magnitude in P, at least one that has a quotient. A NaN shows in the length.
     MBF_SHARED S peak(const S* step) const {
         S largest = kSmall;
         for (int k = 0; k < n; ++k) {
             const S magnitude = step[k] < 0 ? -step[k] : step[k];
-            largest = magnitude <= largest ? largest : magnitude;  // NaN stays
+            largest = magnitude > largest ? magnitude : largest;
         }
         return largest;
     }
