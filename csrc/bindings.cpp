@@ -1,4 +1,4 @@
-// The only file that knows Python. Tensors arrive as integers (addresses, counts, strides in elements) that
+// With tensor_memory.h the only file that knows Python. Tensors arrive as integers (addresses, counts, strides in elements) that
 // mbf_kernels/native.py has checked; nothing here depends on torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -12,6 +12,7 @@
 #include "cuda/launch.h"
 #include "emulator/fibers.h"
 #include "layout.h"
+#include "tensor_memory.h"
 
 namespace py = pybind11;
 
@@ -202,6 +203,12 @@ PYBIND11_MODULE(_C, m) {
                  for (size_t i = 0; i < problems.size(); ++i) problems[i].grad = pointer<void>(addresses.at(i));
              })
         .def("set_weights", &set_moment_weights<mbf::DiagonalProblem>);
+
+    py::class_<mbf::TensorMemory>(m, "TensorMemory")
+        .def(py::init<const py::capsule&, py::type, const py::list&>(), py::arg("table"), py::arg("type"),
+             py::arg("tensors"))
+        .def("addresses", &mbf::TensorMemory::addresses, py::arg("tensors"))
+        .def("holds", &mbf::TensorMemory::holds, py::arg("tensors"));
 
     m.def(
         "cpu_launch_shared",

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import checks
 from .backend import choose
 from .blocks import SymmetricBlocks
+from .memory import memory_of
 from .options import step_options
 from .step_ops import mbf_diagonal_step_, mbf_shared_step_, mbf_step_
 
@@ -69,14 +70,15 @@ class PreparedStep:
     ) -> None:
         """Raises what the op raises."""
         backend = choose(self._op, self._params[0].device, self._size)
-        kept = self._kept
-        if kept is None or not kept.fits(backend, grads, self._written, options):
+        grads, kept = list(grads), self._kept
+        addresses = None if kept is None else kept.addresses(backend, grads, self._written, options)
+        if addresses is None:
             self._run(grads, momentum_weight, second_weight, options)
             self._kept = _Kept.of(self, backend, grads, options)
             return
         if torch.is_grad_enabled():
             checks.no_grad(self._op, *self._written, *grads)
-        kept(grads, momentum_weight, second_weight, options)
+        kept(addresses, momentum_weight, second_weight, options)
         torch.autograd.graph.increment_version(self._params)
 
     def _run(
@@ -116,21 +118,13 @@ class _Kept:
         op: str,
         launch: Any,
         backend: Any,
-        params: Sequence[Tensor],
-        written: Sequence[Tensor],
-        grads: Sequence[Tensor],
+        written: list[Tensor],
+        grads: list[Tensor],
         offsets: list[int],  # from the address of a gradient to that of its view
         names: set[str],  # of the options
     ):
         self._op, self._launch, self._backend = op, launch, backend
-        self._addresses = list(map(Tensor.data_ptr, written))
-        self._matrices = [param for param in params if param.ndim > 1]  # a vector that stays keeps its stride
-        self._strides_of_matrices = list(map(Tensor.stride, self._matrices))
-        self._strides = list(map(Tensor.stride, grads))
-        self._numels = list(map(Tensor.numel, grads))
-        self._dtypes = [grad.dtype for grad in grads]
-        self._devices_of = _are_on_cpu if written[0].is_cpu else _devices
-        self._devices = self._devices_of(grads)
+        self._written, self._grads = memory_of(written), memory_of(grads)
         self._names, self._like = names, written[:1]
         self._offsets = offsets if any(offsets) else None
         self._options: dict | None = None  # those that the launch last had, where they are numbers
@@ -153,28 +147,19 @@ class _Kept:
             return None
         views = [part for parts in entries["grads"] for part in parts]
         offsets = [view.data_ptr() - grad.data_ptr() for view, grad in zip(views, grads, strict=True)]
-        return cls(step._op, launch, backend, step._params, step._written, grads, offsets, set(options))
+        return cls(step._op, launch, backend, step._written, grads, offsets, set(options))
 
-    def fits(self, backend: Any, grads: Sequence[Tensor], written: Sequence[Tensor], options: dict) -> bool:
-        """Whether all is where it was and laid out as it was, with the same options given; numbers of elements and
-        strides stand for shapes."""
-        try:
-            strides = list(map(Tensor.stride, grads))
-        except RuntimeError:  # not strided
-            return False
-        return (
-            backend is self._backend
-            and strides == self._strides
-            and list(map(Tensor.numel, grads)) == self._numels
-            and list(map(Tensor.data_ptr, written)) == self._addresses
-            and list(map(Tensor.stride, self._matrices)) == self._strides_of_matrices
-            and options.keys() == self._names
-            and [grad.dtype for grad in grads] == self._dtypes
-            and self._devices_of(grads) == self._devices
-        )
+    def addresses(self, backend: Any, grads: list[Tensor], written: list[Tensor], options: dict) -> list[int] | None:
+        """Of the gradients' views; None unless all is where it was and laid out as it was, with the same options."""
+        if backend is not self._backend or options.keys() != self._names or not self._written.holds(written):
+            return None
+        addresses = self._grads.addresses(grads)
+        if addresses is None or self._offsets is None:
+            return addresses
+        return list(map(add, addresses, self._offsets))
 
     def __call__(
-        self, grads: Sequence[Tensor], momentum_weight: float | Tensor, second_weight: float | Tensor, options: dict
+        self, addresses: list[int], momentum_weight: float | Tensor, second_weight: float | Tensor, options: dict
     ) -> None:
         on_device = isinstance(options["lr"], Tensor) or isinstance(options.get("damping"), Tensor)
         if on_device or options != self._options:
@@ -186,23 +171,14 @@ class _Kept:
             self._options = None if on_device else options
         self._check_weight("momentum_weight", momentum_weight)
         self._check_weight(_second_weight(self._op), second_weight)
-        addresses = list(map(Tensor.data_ptr, grads))
-        if self._offsets:
-            addresses = list(map(add, addresses, self._offsets))
         self._launch(addresses, momentum_weight, second_weight)
 
     def _check_weight(self, name: str, weight: float | Tensor) -> None:
+        if type(weight) is float and 0 < weight <= 1:
+            return
         is_tensor = isinstance(weight, Tensor)
         numbers = [] if is_tensor else [checks.number(self._op, name, weight)]
         checks.weights(self._op, name, numbers, [weight] if is_tensor else [], self._like)
-
-
-def _are_on_cpu(tensors: Sequence[Tensor]) -> list[bool]:
-    return [tensor.is_cpu for tensor in tensors]  # a device costs more
-
-
-def _devices(tensors: Sequence[Tensor]) -> list[torch.device]:
-    return [tensor.device for tensor in tensors]
 
 
 def _second_weight(op: str) -> str:

@@ -1,0 +1,117 @@
+// Where tensors lie and how, asked of torch through DLPack's exchange table: a C interface that needs no header of
+// torch and costs a third of what the same questions cost in Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace mbf {
+
+// The binary layout that DLPack 1 fixes. https://dmlc.github.io/dlpack
+namespace dlpack {
+
+struct Tensor {
+    void* data;
+    int32_t device_type, device_index;
+    int32_t dimensions;
+    uint8_t type_code, type_bits;
+    uint16_t type_lanes;
+    int64_t *sizes, *strides;  // strides in elements
+    uint64_t offset;           // in bytes
+};
+
+struct ExchangeTable {
+    uint32_t major, minor;
+    const void* previous;
+    const void* managed[3];                         // allocate, from and to an object: not used here
+    int (*describe)(void* object, Tensor* tensor);  // 0, or -1 and a Python exception
+};
+
+}  // namespace dlpack
+
+// A list of tensors as it was once, to be compared with what it is later.
+class TensorMemory {
+public:
+    // `table`: the capsule __dlpack_c_exchange_api__ of `type`, of which all tensors are. Raises ValueError for another
+    // version of DLPack, and what torch raises where a tensor has no memory to tell of.
+    TensorMemory(const pybind11::capsule& table, pybind11::type type, const pybind11::list& tensors)
+        : table_(table.get_pointer<const dlpack::ExchangeTable>()), type_(std::move(type)) {
+        if (table_->major != 1) throw pybind11::value_error("TensorMemory: expected DLPack 1");
+        for (pybind11::handle tensor : tensors) {
+            dlpack::Tensor found;
+            if (!is_described(tensor, found)) throw pybind11::error_already_set();
+            expected_.push_back({found, {found.sizes, found.sizes + found.dimensions}, strides_of(found)});
+        }
+    }
+
+    // The addresses of tensors that are like the first ones in all but their place; none where one is not.
+    std::optional<std::vector<int64_t>> addresses(const pybind11::list& tensors) const {
+        std::vector<int64_t> found_addresses;
+        found_addresses.reserve(expected_.size());
+        const auto keep = [&](const dlpack::Tensor& found, const Known&) {
+            found_addresses.push_back(reinterpret_cast<int64_t>(found.data) + static_cast<int64_t>(found.offset));
+            return true;
+        };
+        if (!all_alike(tensors, keep)) return std::nullopt;
+        return found_addresses;
+    }
+
+    // Whether the tensors are where the first ones were, too.
+    bool holds(const pybind11::list& tensors) const {
+        return all_alike(tensors, [](const dlpack::Tensor& found, const Known& known) {
+            return found.data == known.tensor.data && found.offset == known.tensor.offset;
+        });
+    }
+
+private:
+    struct Known {
+        dlpack::Tensor tensor;  // but for its sizes and strides, which may go
+        std::vector<int64_t> sizes, strides;
+    };
+
+    static std::vector<int64_t> strides_of(const dlpack::Tensor& tensor) {
+        return {tensor.strides, tensor.strides + tensor.dimensions};
+    }
+
+    bool is_described(pybind11::handle object, dlpack::Tensor& tensor) const {
+        if (!PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(type_.ptr()))) {
+            PyErr_SetString(PyExc_TypeError, "TensorMemory: expected tensors");
+            return false;
+        }
+        return table_->describe(object.ptr(), &tensor) == 0;
+    }
+
+    template <class Also>
+    bool all_alike(const pybind11::list& tensors, const Also& also) const {
+        if (tensors.size() != expected_.size()) return false;
+        for (size_t i = 0; i < expected_.size(); ++i) {
+            dlpack::Tensor found;
+            if (!is_described(tensors[i], found)) {
+                PyErr_Clear();
+                return false;
+            }
+            if (!are_alike(found, expected_[i]) || !also(found, expected_[i])) return false;
+        }
+        return true;
+    }
+
+    static bool are_alike(const dlpack::Tensor& found, const Known& known) {
+        const dlpack::Tensor& like = known.tensor;
+        if (found.dimensions != like.dimensions || found.device_type != like.device_type ||
+            found.device_index != like.device_index || found.type_code != like.type_code ||
+            found.type_bits != like.type_bits || found.type_lanes != like.type_lanes)
+            return false;
+        for (int i = 0; i < found.dimensions; ++i)
+            if (found.sizes[i] != known.sizes[i] || found.strides[i] != known.strides[i]) return false;
+        return true;
+    }
+
+    const dlpack::ExchangeTable* table_;
+    pybind11::type type_;
+    std::vector<Known> expected_;
+};
+
+}  // namespace mbf
