@@ -35,7 +35,7 @@ class MBF(Optimizer):
 
     Args:
         params: parameters, ``model.named_parameters()`` (then the bias of a linear layer joins its weight as the last
-            column) or param groups; every keyword below may be set per group.
+            column, unless it would be a run of its own) or param groups; every keyword below may be set per group.
         lr: alpha. Start from Adam's. A number or a tensor of one element.
         momentum: mu in [0, 1).
         decay: beta in [0, 1], of F.
