@@ -1,5 +1,5 @@
-// With tensor_memory.h the only file that knows Python. Tensors arrive as integers (addresses, counts, strides in elements) that
-// mbf_kernels/native.py has checked; nothing here depends on torch.
+// With tensor_memory.h the only file that knows Python. Tensors arrive as integers (addresses, counts, strides in
+// elements) that mbf_kernels/native.py has checked; nothing here depends on torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
