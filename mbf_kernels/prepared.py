@@ -69,6 +69,8 @@ class PreparedStep:
         **options,  # of the op
     ) -> None:
         """Raises what the op raises."""
+        if self._params[0].is_meta:  # no backend serves them: a trace
+            return self._run(grads, momentum_weight, second_weight, options)
         backend = choose(self._op, self._params[0].device, self._size)
         grads, kept = list(grads), self._kept
         addresses = None if kept is None else kept.addresses(backend, grads, self._written, options)
