@@ -257,14 +257,8 @@ class Native:
     def mbf_shared_step_(self, *arguments) -> Tensor:
         return shared.mbf_shared_step_(self, *arguments)
 
-    def prepare_shared(self, *arguments) -> Launch | None:
-        return None
-
     def mbf_diagonal_step_(self, *arguments) -> None:
         diagonal.mbf_diagonal_step_(*arguments)
-
-    def prepare_diagonal(self, *arguments) -> Launch | None:
-        return None
 
     def _launch(self, op: _C.Op, blocks: SymmetricBlocks, problems: list[_C.Problem], **parameters) -> None:
         self._start(op, blocks.data, blocks.size, _C.Problems(problems), _C.Parameters(**parameters))

@@ -19,7 +19,7 @@ static inline size_t scratch_bytes(int n) {
 constexpr int kSharedRows = 64;  // mini-blocks that a statistic takes at a time
 
 static inline size_t shared_scratch_bytes(int n) {
-    const size_t row = sizeof(double) * (n + 15) / 16 * 16;
+    const size_t row = sizeof(double) * ((n + 15) / 16 * 16);
     return row * (5 * (n + 8) + kSharedRows + 1 + 4 * 8);
 }
 
