@@ -18,6 +18,8 @@
 // `info` follows LAPACK, kept in a V so that it stays in the lane: 0 is good, k > 0 says that k (from 1)
 // is the first pivot that is not positive and finite, or else the first element that is not finite.
 
+#pragma once
+
 namespace mbf {
 namespace {
 
@@ -186,35 +188,26 @@ MBF_FN void factor_tile(V* MBF_RESTRICT l, I inverse, F f, int i0, int j0) {
     }
 }
 
-// What a factorisation does between its tiles, unless told otherwise.
-struct Nothing {
-    MBF_FN void operator()() const {}
-};
-
 // Columns j0 .. j0+C of the factor, in tiles of R rows and then single rows.
-template <int R, int C, class V, class I, class F, class Between>
-MBF_FN void factor_columns(V* MBF_RESTRICT l, I inverse, F f, V lambda, int j0, int n, Between between) {
-    between();
+template <int R, int C, class V, class I, class F>
+MBF_FN void factor_columns(V* MBF_RESTRICT l, I inverse, F f, V lambda, int j0, int n) {
     factor_diagonal_tile<C>(l, inverse, f, lambda, j0);
     int i = j0 + C;
     MBF_UNROLL_IN_REGISTERS
-    for (; i + R <= n; i += R) {
-        between();
-        factor_tile<R, C>(l, inverse, f, i, j0);
-    }
+    for (; i + R <= n; i += R) factor_tile<R, C>(l, inverse, f, i, j0);
     MBF_UNROLL_IN_REGISTERS
     for (; i < n; ++i) factor_tile<1, C>(l, inverse, f, i, j0);
 }
 
 // L with L L^T = F + lambda I (Cholesky, left-looking, in R x R tiles), inverse <- 1 / diag(L).
-template <int N, int R, class V, class I, class F, class Between = Nothing>
-MBF_FN void factor(V* MBF_RESTRICT l, I inverse, F f, V lambda, int n_, Between between = {}) {
+template <int N, int R, class V, class I, class F>
+MBF_FN void factor(V* MBF_RESTRICT l, I inverse, F f, V lambda, int n_) {
     const int n = size_of<N>(n_);
     int j = 0;
     MBF_UNROLL_IN_REGISTERS
-    for (; j + R <= n; j += R) factor_columns<R, R>(l, inverse, f, lambda, j, n, between);
+    for (; j + R <= n; j += R) factor_columns<R, R>(l, inverse, f, lambda, j, n);
     MBF_UNROLL_IN_REGISTERS
-    for (; j < n; ++j) factor_columns<R, 1>(l, inverse, f, lambda, j, n, Nothing{});
+    for (; j < n; ++j) factor_columns<R, 1>(l, inverse, f, lambda, j, n);
 }
 
 // inverse <- 1 / diag(L). A failed factor is zero: its inverse is infinite and shows in poison_of_pivots.
@@ -322,16 +315,13 @@ MBF_FN V length_ratio(V adam, V peak, V length) {
     return select(peak > V{}, scale, V{});
 }
 
-// |u| / |P|: gives P the length of Adam's step.
-template <int N, class F, class V, class S>
-MBF_FN V graft_scale(F f, const V* d, const V* p, S momentum_scale, S fisher_scale, S eps, int n_) {
+// |u| / |P| from |u|^2: gives P the length of Adam's step.
+template <int N, class V>
+MBF_FN V graft_scale(V adam, const V* p, int n_) {
     const int n = size_of<N>(n_);
-    V peak{}, adam{};
+    V peak{};
     MBF_UNROLL
-    for (int k = 0; k < n; ++k) {
-        peak = larger_magnitude(peak, p[k]);
-        adam = adam + adam_square(f[row(k) + k], d[k], momentum_scale, fisher_scale, eps);
-    }
+    for (int k = 0; k < n; ++k) peak = larger_magnitude(peak, p[k]);
     const V unit = unit_of(peak);
     V length{};
     MBF_UNROLL

@@ -85,9 +85,9 @@ def accumulate_factor_solve_(
 ) -> tuple[Tensor, Tensor]:
     """F <- beta F + (1 - beta) g g^T in place, then x = (F + lambda I)^-1 rhs: returns x [B, n] and info [B].
 
-    ``accumulate_``, ``factor`` and ``solve`` in one launch, with one pass over F. The CPU gives the same bits as the
-    three in a row; on a GPU x may differ in rounding: 1 / sqrt(pivot) is one instruction there, but ``solve`` has only
-    the root.
+    ``accumulate_``, ``factor`` and ``solve`` in one launch, with one pass over F. F and info are the same as of the
+    three in a row; x may differ in rounding, since a factor that nobody keeps can take other forms: the CPU's is
+    L D L^T without square roots, and a GPU forms 1 / sqrt(pivot) at once.
     """
     op = "accumulate_factor_solve_"
     checks.blocks(op, "fisher", fisher)

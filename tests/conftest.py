@@ -59,6 +59,15 @@ def native(request):
 
 
 @pytest.fixture
+def cpu():
+    """The native CPU backend alone, in use during the test."""
+    if "cpu" not in AVAILABLE:
+        pytest.skip("no native CPU backend")
+    with using("cpu") as name:
+        yield name
+
+
+@pytest.fixture
 def device(request):
     """The device that the test's backend serves."""
     return device_of(request.getfixturevalue("native" if "native" in request.fixturenames else "backend"))

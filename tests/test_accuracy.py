@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from mbf_kernels import SymmetricBlocks, accumulate_factor_solve_, factor, solve
-from mbf_kernels.testing import KINDS, RATIO, assert_below, assert_factors, assert_solves, randn, spd_blocks
+from mbf_kernels.testing import (
+    KINDS,
+    RATIO,
+    assert_below,
+    assert_bitwise,
+    assert_factors,
+    assert_relative,
+    assert_solves,
+    randn,
+    spd_blocks,
+)
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -55,3 +65,24 @@ def test_the_ratio_sees_a_wrong_factor(dtype):
             assert_solves(a, torch.ones(2, 9, dtype=dtype) * wrong, a.sum(-1), dtype)
     with pytest.raises(AssertionError):
         assert_below(torch.tensor(torch.nan), RATIO)
+
+
+@pytest.mark.parametrize("size", [1, 9, 20, 25])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_denormal_pivot_is_a_pivot(cpu, size, dtype):
+    """1e-2 of the smallest normal number has no finite inverse, but a root that has one. Neighbours keep their bits.
+
+    x is b divided by the root twice: a root, its inverse and two products, each within eps.
+    """
+    tiny = torch.finfo(dtype).tiny
+    dense = torch.eye(size, dtype=dtype).expand(40, size, size).clone()
+    g = torch.zeros(40, size, dtype=dtype)
+    b = randn(40, size, dtype=dtype)
+    expected, _ = accumulate_factor_solve_(SymmetricBlocks.from_dense(dense), g, b, decay=1.0, damping=0.0)
+    dense[7] *= tiny / 100
+    b[7] *= tiny / 100
+    x, info = accumulate_factor_solve_(SymmetricBlocks.from_dense(dense), g, b, decay=1.0, damping=0.0)
+    assert not info.any()
+    others = torch.arange(40) != 7
+    assert_bitwise(x[others], expected[others])
+    assert_relative(x[7], b[7].double() / dense[7, 0, 0].double(), 4 * torch.finfo(dtype).eps)

@@ -3,6 +3,7 @@
 // the linker can never merge code of two instruction sets.
 #include "kernels.h"
 
+#include "elimination.h"
 #include "memory.h"
 
 namespace mbf {
@@ -13,19 +14,20 @@ using S = MBF_SCALAR;
 // Per-thread arrays of one group, entry-major: entry t of all W blocks is one V.
 template <class V>
 struct Workspace {
-    V *f, *a;              // F, and L with L L^T = F + lambda I
-    V* inverse;            // 1 / diag(L)
-    V *g, *m, *d, *x, *w;  // gradient, momentum, right-hand side, solution, weights
+    V *f, *d;      // F, and behind it as one more row the right-hand side
+    V *a, *x;      // a factor of F + lambda I, and likewise the solution
+    V* inverse;    // of the factor's diagonal
+    V *g, *m, *w;  // gradient, momentum, weights
 
     Workspace(void* scratch, int n)
         : f(static_cast<V*>(scratch)),
-          a(f + triangle_size(n)),
-          inverse(a + triangle_size(n)),
+          d(f + triangle_size(n)),
+          a(d + n),
+          x(a + triangle_size(n)),
+          inverse(x + n),
           g(inverse + n),
           m(g + n),
-          d(m + n),
-          x(d + n),
-          w(x + n) {}
+          w(m + n) {}
 };
 
 template <int N>
@@ -72,14 +74,14 @@ private:
 
     void accumulate_group(Group group) const {
         grad.load(s.g, group);
-        load_and_accumulate(group);
+        load_and_accumulate(group, [](int) {});
         const V bad = poison_of_diagonal<N, V>(s.f, n());
         store_triangle<N, S, kParts>(s.f, fisher, n(), group, bad);
     }
 
     void factor_group(Group group) const {
         load_triangle<N, S, kParts>(s.f, fisher, n(), group);
-        factor_damped(0, nullptr);
+        factor_damped(0);
         V info{};
         if (any(poison_of_pivots<N>(s.a, s.inverse, n()) != V{})) info = flag_pivots<N>(info, s.a, s.inverse, n());
         clear_bad(s.a, triangle_size(n()), info);
@@ -89,64 +91,54 @@ private:
 
     void fused_group(Group group) const {
         Next ahead(fisher, grad, rhs, out, n_, group.next);
+        ahead.fetch_share();
         grad.load(s.g, group);
         ahead.fetch_share();
         rhs.load(s.d, group);
         ahead.fetch_share();
-        load_and_accumulate(group);
-        ahead.fetch_share();
-        ahead.fetch_share();
-        factor_damped(0, &ahead);
-        ahead.fetch_share();
-        const V info = solve_checked();
+        load_and_accumulate(group, [&](int) { ahead.fetch_share(); });
+        const V info = eliminate_checked(0, ahead);
         ahead.fetch_share();
         clear_bad(s.x, n(), info);
+        ahead.fetch_share();
         store_triangle<N, S, kParts>(s.f, fisher, n(), group, info);
         ahead.fetch_share();
         out.store(s.x, group, V{});
         ahead.fetch_share();
         report(info, group);
+        ahead.fetch_share();
     }
 
     void step_group(Group group) const {
         Next ahead(fisher, grad, rhs, out, n_, group.next);
         const bool runs = grad.is_run(group) && rhs.is_run(group) && out.is_run(group);
-        if constexpr (N > 0)
-            if (runs) form_direction_of_run(group);
-        ahead.fetch_share();
-        if (!runs) grad.load(s.g, group);
-        ahead.fetch_share();
-        if (!runs) {
-            rhs.load(s.m, group);
-            form_direction();
-        }
-        ahead.fetch_share();
-        if (q.update)
-            load_and_accumulate(group);
-        else if (q.refactor || q.graft)
-            load_triangle<N, S, kParts>(s.f, fisher, n(), group);
-        ahead.fetch_share();
-        if (q.refactor)
-            factor_damped(1, &ahead);
+        if (runs)
+            form_direction_of_run(group, ahead);
         else
-            load_factor(group);
+            form_direction(group, ahead);
+        const S momentum_scale = (1 - q.momentum) / problem.momentum_weight.value;
+        const S fisher_scale = 1 / problem.fisher_weight.value;
+        V adam{};  // |u|^2 of Adam's step
+        const auto after_row = [&](int k) {
+            ahead.fetch_share();
+            if (q.graft) adam = adam + adam_square(s.f[row(k) + k], s.d[k], momentum_scale, fisher_scale, S(q.eps));
+        };
+        if (q.update) {
+            load_and_accumulate(group, after_row);
+        } else if (q.refactor || q.graft) {
+            load_triangle<N, S, kParts>(s.f, fisher, n(), group);
+            for (int k = 0; k < n(); ++k) after_row(k);
+        }
+        const V info = find_step(group, ahead);
         ahead.fetch_share();
-        const V info = solve_checked();
-        ahead.fetch_share();
-        scale_step();
+        scale_step(adam);
         ahead.fetch_share();
         if (q.update) store_triangle<N, S, kParts>(s.f, fisher, n(), group, info);
         ahead.fetch_share();
-        if (q.refactor && stored) store_triangle<N, S, kParts>(s.a, stored, n(), group, info);
-        if constexpr (N > 0)
-            if (runs) move_run(group, info);
-        ahead.fetch_share();
-        if (!runs) {
-            out.load(s.w, group);
-            move_weights();
-            rhs.store(s.m, group, info);
-            out.store(s.w, group, info);
-        }
+        if (runs)
+            move_run(group, info);
+        else
+            move(group, info);
         ahead.fetch_share();
         report(info, group);
     }
@@ -184,37 +176,38 @@ private:
         }
     }
 
-    // F <- decay F + (1 - decay) g g^T, in lanes.
-    MBF_SHARED void load_and_accumulate(Group group) const {
+    // F <- decay F + (1 - decay) g g^T, in lanes; after_row(i) follows row i.
+    template <class AfterRow>
+    MBF_FN void load_and_accumulate(Group group, AfterRow after_row) const {
+        constexpr bool kOnePass = N > 0 && is_tiled(N);
+        const int n = size_of<N>(n_);
         const S decay = q.decay, weight = 1 - q.decay;
-        if constexpr (is_tiled(N) && N > 0) {  // one pass
-            const S* tile = fisher + block_offset(N, group.first);
+        const S* tile = fisher + block_offset(n, group.first);
+        if (!kOnePass) load_triangle<N, S, kParts>(s.f, fisher, n, group);
+        MBF_UNROLL
+        for (int i = 0; i < n; ++i) {
+            const V u = weight * s.g[i];
             MBF_UNROLL
-            for (int i = 0; i < N; ++i) {
-                const V u = weight * s.g[i];
-                MBF_UNROLL
-                for (int j = 0; j <= i; ++j) {
-                    const V f = load_pack<S, kParts>(tile + (row(i) + j) * kTileBlocks);
-                    s.f[row(i) + j] = accumulate_entry(f, u, s.g[j], decay);
-                }
+            for (int j = 0; j <= i; ++j) {
+                V& f = s.f[row(i) + j];
+                if (kOnePass) f = load_pack<S, kParts>(tile + (row(i) + j) * kTileBlocks);
+                f = accumulate_entry(f, u, s.g[j], decay);
             }
-        } else {
-            load_triangle<N, S, kParts>(s.f, fisher, n(), group);
-            accumulate<N>(s.f, s.g, decay, weight, n());
+            after_row(i);
         }
     }
 
-    // A <- L with L L^T = F + lambda I, while `next` fetches. `zero_block_lambda`: the damping of a block whose trace
-    // is zero, when damping is relative.
-    MBF_SHARED void factor_damped(S zero_block_lambda, Next* next) const {
-        V lambda = V{} + S(q.damping.value);
-        if (q.relative) {
-            const V t = trace<N, V>(s.f, n());
-            lambda = select(t > V{}, lambda * (t / S(n())), V{} + zero_block_lambda);
-        }
-        factor<N, kTile>(s.a, s.inverse, s.f, lambda, n(), [=] {
-            if (next) next->fetch_share();
-        });
+    // lambda; `zero_block`: that of a block whose trace is zero, when damping is relative.
+    MBF_FN V damping(S zero_block) const {
+        const V given = V{} + S(q.damping.value);
+        if (!q.relative) return given;
+        const V t = trace<N, V>(s.f, n());
+        return select(t > V{}, given * (t / S(n())), V{} + zero_block);
+    }
+
+    // A <- L with L L^T = F + lambda I.
+    MBF_SHARED void factor_damped(S zero_block) const {
+        factor<N, kTile>(s.a, s.inverse, s.f, damping(zero_block), n());
     }
 
     void load_factor(Group group) const {
@@ -230,23 +223,52 @@ private:
             solve_in_tiles<4>(l, inverse, x, n_);
     }
 
-    // x <- (L L^T)^-1 d; returns info over the pivots, g, d and x.
+    // x <- (L L^T)^-1 d; returns info over the pivots, g, d and x. The first question is for the pivots and x alone:
+    // what is not finite in g is in F or d, and what is not finite in d is in x.
     MBF_SHARED V solve_checked() const {
         for (int k = 0; k < n(); ++k) s.x[k] = s.d[k];
         solve_in_place(s.a, s.inverse, s.x);
         V info{};
-        const V doubt =
-            poison_of_pivots<N>(s.a, s.inverse, n()) + poison<N>(s.g, n()) + poison<N>(s.d, n()) + poison<N>(s.x, n());
-        if (!any(doubt != V{})) return info;
+        if (!any(poison_of_pivots<N>(s.a, s.inverse, n()) + poison<N>(s.x, n()) != V{})) return info;
         info = flag_pivots<N>(info, s.a, s.inverse, n());
         info = flag_nonfinite<N>(info, s.g, n());
         info = flag_nonfinite<N>(info, s.d, n());
         return flag_nonfinite<N>(info, s.x, n());
     }
 
+    // x <- (F + lambda I)^-1 d, while `next` fetches; returns info. Blocks whose elimination is in doubt go the longer
+    // way through Cholesky, which takes denormal pivots, whose inverses overflow, and tells what failed.
+    MBF_SHARED V eliminate_checked(S zero_block, Next& next) const {
+        eliminate<N, kTile>(s.a, s.inverse, s.f, damping(zero_block), n(), [&] { next.fetch_share(); });
+        const V doubt = doubt_of<N>(s.inverse, s.x, n());
+        if (!any(doubt != V{})) return V{};
+        V good[N > 0 ? N : MBF_MAX_SIZE];
+        for (int k = 0; k < n(); ++k) good[k] = s.x[k];
+        factor_damped(zero_block);
+        const V info = solve_checked();
+        for (int k = 0; k < n(); ++k) s.x[k] = select(doubt != V{}, s.x[k], good[k]);
+        return select(doubt != V{}, info, V{});
+    }
+
+    // The step before its length: with a factor that is kept or was, Cholesky's.
+    MBF_FN V find_step(Group group, Next& ahead) const {
+        if (q.refactor && !stored) return eliminate_checked(1, ahead);
+        if (q.refactor)
+            factor_damped(1);
+        else
+            load_factor(group);
+        const V info = solve_checked();
+        if (q.refactor) store_triangle<N, S, kParts>(s.a, stored, n(), group, info);
+        return info;
+    }
+
     // M <- mu M + g; d = mu M + g (Nesterov) or M.
-    void form_direction() const {
+    MBF_FN void form_direction(Group group, Next& ahead) const {
         const S mu = q.momentum, sign = q.maximize ? -1 : 1;
+        grad.load(s.g, group);
+        ahead.fetch_share();
+        rhs.load(s.m, group);
+        ahead.fetch_share();
         for (int k = 0; k < n(); ++k) {
             s.g[k] = sign * s.g[k];
             s.m[k] = mu * s.m[k] + s.g[k];
@@ -256,7 +278,7 @@ private:
 
     // The same for tensors whose blocks follow each other: in the order of memory, where M needs no transpose. The new
     // M stays in the workspace until it is known which blocks are good.
-    void form_direction_of_run(Group group) const {
+    MBF_FN void form_direction_of_run(Group group, Next& ahead) const {
         using R = Register<S>;
         constexpr int kLanes = RegisterOf<S>::kLanes;
         const S mu = q.momentum, sign = q.maximize ? -1 : 1;
@@ -268,13 +290,15 @@ private:
             mbf::store(new_d + i, q.nesterov ? mu * m_i + g_i : m_i);
         }
         for (int p = 0; p < kParts; ++p) {
+            ahead.fetch_share();
             gather_run<N, S, kParts>(s.g, p, g + p * kLanes * N);  // its sign does not count
+            ahead.fetch_share();
             gather_run<N, S, kParts>(s.d, p, new_d + p * kLanes * N);
         }
     }
 
-    // Likewise W <- (1 - lr weight_decay) W - X, and M.
-    void move_run(Group group, V info) const {
+    // `move` in the order of memory.
+    MBF_FN void move_run(Group group, V info) const {
         using R = Register<S>;
         constexpr int kLanes = RegisterOf<S>::kLanes;
         const S shrink = 1 - q.lr.value * q.weight_decay;
@@ -295,21 +319,20 @@ private:
         }
     }
 
-    // X <- lr P, or lr (|u| / |P|) P when grafted, in place of P.
-    void scale_step() const {
-        V rate = V{} + S(q.lr.value);
-        if (q.graft) {
-            const S momentum_scale = (1 - q.momentum) / problem.momentum_weight.value;
-            const S fisher_scale = 1 / problem.fisher_weight.value;
-            rate = rate * graft_scale<N>(s.f, s.d, s.x, momentum_scale, fisher_scale, S(q.eps), n());
-        }
-        for (int k = 0; k < n(); ++k) s.x[k] = rate * s.x[k];
+    // W <- (1 - lr weight_decay) W - X, and M, of the good blocks.
+    MBF_FN void move(Group group, V info) const {
+        const S shrink = 1 - q.lr.value * q.weight_decay;
+        out.load(s.w, group);
+        for (int k = 0; k < n(); ++k) s.w[k] = shrink * s.w[k] - s.x[k];
+        rhs.store(s.m, group, info);
+        out.store(s.w, group, info);
     }
 
-    // W <- (1 - lr weight_decay) W - X
-    void move_weights() const {
-        const S shrink = 1 - q.lr.value * q.weight_decay;
-        for (int k = 0; k < n(); ++k) s.w[k] = shrink * s.w[k] - s.x[k];
+    // X <- lr P, or lr (|u| / |P|) P when grafted, in place of P.
+    void scale_step(V adam) const {
+        V rate = V{} + S(q.lr.value);
+        if (q.graft) rate = rate * graft_scale<N>(adam, s.x, n());
+        for (int k = 0; k < n(); ++k) s.x[k] = rate * s.x[k];
     }
 
     void clear_bad(V* x, int length, V bad) const {

@@ -13,7 +13,8 @@
 #endif
 
 #define MBF_FN inline __attribute__((always_inline))
-#define MBF_SHARED __attribute__((noinline))  // one copy for all ops of a size: half the code, the same speed
+#define MBF_INLINE __attribute__((always_inline))  // of a lambda
+#define MBF_SHARED __attribute__((noinline))       // one copy for all ops of a size: half the code, the same speed
 #define MBF_RESTRICT __restrict
 #define MBF_UNROLL _Pragma("GCC unroll 20")
 #define MBF_UNROLL_IN_REGISTERS

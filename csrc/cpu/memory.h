@@ -304,9 +304,9 @@ private:
     int64_t element_[N > 0 ? N : MBF_MAX_SIZE];
 };
 
-// Asks for the memory of the pack that starts at block `first`, a share at a time between the stages of the present one
-// and between the R x R tiles of its factorisation: all at once would exceed the misses that a core can track and stall
-// it. Large blocks have arithmetic enough to hide what the processor fetches by itself.
+// Asks for the memory of the pack that starts at block `first`, a share at a time between the stages of the present
+// one, the rows of its F and the R x R tiles of its elimination: larger shares would exceed the misses that a core can
+// track and stall it. Large blocks have arithmetic enough to hide what the processor fetches by itself.
 template <int N, int R, class S, int P>
 class Ahead {
 public:
@@ -316,9 +316,11 @@ public:
         : triangle_(storage + block_offset(size_of<N>(n_), first)),
           views_{&a, &b, &c},
           starts_{a.block(first), b.block(first), c.block(first)},
-          shares_(size_of<N>(n_)) {}
+          shares_(size_of<N>(n_)),
+          left_(shares_.count) {}
 
     MBF_FN void fetch_share() {
+        if (left_-- <= 0) return;
         const Shares shares = N > 0 ? Shares(N) : shares_;
         MBF_UNROLL
         for (int i = 0; i < shares.triangle; ++i) __builtin_prefetch(triangle_ + i * kLine, 1);
@@ -330,31 +332,30 @@ public:
     }
 
 private:
-    static constexpr int kStages = 10;  // after which a step asks
+    static constexpr int kStages = 8;  // after which every op asks, beside rows and tiles
     static constexpr int kLargest = 64;
     static constexpr int kLine = 64 / sizeof(S);
 
     struct Shares {
+        int count;
         int lines;             // of a vector
         int triangle, vector;  // lines of each in a share
 
         MBF_FN constexpr explicit Shares(int n)
-            : lines(n > kLargest ? 0 : lines_of(n)),
-              triangle(n > kLargest ? 0 : share(lines_of(is_tiled(n) ? triangle_size(n) : padded_triangle_size(n)), n)),
-              vector(share(lines, n)) {}
+            : count(n > kLargest ? 0 : kStages + n + triangle_size(n / R)),
+              lines(lines_of(n)),
+              triangle(share_of(lines_of(is_tiled(n) ? triangle_size(n) : padded_triangle_size(n)))),
+              vector(share_of(lines)) {}
 
         MBF_FN static constexpr int lines_of(int entries) { return (entries * P * kRegisterBytes + 63) / 64; }
-        MBF_FN static constexpr int share(int lines, int n) {
-            const int count = kStages + triangle_size(n / R);
-            return (lines + count - 1) / count;
-        }
+        MBF_FN constexpr int share_of(int lines) const { return count ? (lines + count - 1) / count : 0; }
     };
 
     const S* triangle_;
     const View* const views_[3];
     const S* const starts_[3];
     const Shares shares_;
-    int line_ = 0;
+    int left_, line_ = 0;
 };
 
 }  // namespace
