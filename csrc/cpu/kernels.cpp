@@ -331,8 +331,21 @@ private:
     // X <- lr P, or lr (|u| / |P|) P when grafted, in place of P.
     void scale_step(V adam) const {
         V rate = V{} + S(q.lr.value);
-        if (q.graft) rate = rate * graft_scale<N>(adam, s.x, n());
+        if (q.graft) rate = rate * graft(adam);
         for (int k = 0; k < n(); ++k) s.x[k] = rate * s.x[k];
+    }
+
+    // |u| / |P|: at once where |P|^2 is far from the ends of the range, as it nearly always is.
+    MBF_FN V graft(V adam) const {
+        const int n = size_of<N>(n_);
+        V length{};
+        MBF_UNROLL
+        for (int k = 0; k < n; ++k) length = length + s.x[k] * s.x[k];
+        const V scale = square_root(adam) / square_root(length);
+        const V above = select(length > V{} + S(1e-30), length, V{});
+        const V within = select(above < V{} + S(1e30), above, V{});
+        if (!any(within == V{})) return scale;
+        return select(within == V{}, graft_scale<N>(adam, s.x, n), scale);
     }
 
     void clear_bad(V* x, int length, V bad) const {
