@@ -309,6 +309,63 @@ def test_grafting_changes_between_steps():
     assert_twins(net, forgetful)
 
 
+def added_a_group(net):
+    net.optimizer.add_param_group(dict(params=[("new", nn.Parameter(torch.ones(2)))]))
+    return net
+
+
+def loaded(net):
+    net.optimizer.load_state_dict(copy.deepcopy(net.optimizer.state_dict()))
+    return net
+
+
+def loaded_elsewhere(net):
+    other = Net(graft=net.built_with)
+    other.tensors, other.steps = net.tensors, net.steps
+    other.optimizer.param_groups[0]["params"][:] = net.tensors.values()
+    other.optimizer.load_state_dict(copy.deepcopy(net.optimizer.state_dict()))
+    return other
+
+
+@pytest.mark.parametrize("happens", [copy.deepcopy, added_a_group, loaded, loaded_elsewhere])
+@pytest.mark.parametrize("grafts", [("adam", None), (None, "adam")])
+@pytest.mark.parametrize("drop", [(), ("wide.weight",), ("wide.bias",), ("linear.weight",)])
+def test_state_keeps_its_blocks_when_grafting_changes(happens, grafts, drop):
+    """Also where "auto" chooses others now: the steps are those of an optimizer to which nothing happened."""
+    net, plain = (Net(graft=grafts[0]) for _ in range(2))
+    net.built_with = grafts[0]
+    for n in (net, plain):
+        n.step(drop)
+        n.step(drop)
+        n.optimizer.param_groups[0]["graft"] = grafts[1]
+    net = happens(net)
+    for _ in range(2):
+        for n in (net, plain):
+            n.step(drop)
+        assert_twins(net, plain)
+    assert str(net.optimizer.report()).startswith(str(plain.optimizer.report()))
+
+
+@pytest.mark.parametrize("change", [dict(blocks="column"), dict(segment=3), dict(blocks="diagonal")])
+def test_other_blocks_for_a_state_are_refused(change):
+    """Before anything moves, and only as long as the options ask for them."""
+    net, plain = Net(), Net()
+    for n in (net, plain):
+        n.step()
+    before = {name: net.optimizer.param_groups[0][name] for name in change}
+    net.optimizer.param_groups[0].update(change)
+    net = copy.deepcopy(net)
+    net.load()
+    for call in (net.optimizer.step, net.optimizer.report, lambda: added_a_group(net), net.optimizer.step):
+        with pytest.raises(ValueError, match="^MBF: expected blocks, segment, grid and average .*weight"):
+            call()
+    assert_twins(net, plain)
+    net.optimizer.param_groups[0].update(before)
+    net.optimizer.step()
+    plain.step()
+    assert_twins(net, plain)
+
+
 def test_intervals_change_between_steps():
     """Shorter, longer, none: a factor that is missing is made, one that is there serves until the next is due."""
     net, forgetful = (Net(optimizer) for optimizer in (MBF, Forgetful))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from mbf_kernels import SymmetricBlocks
 
 from .partition import Blocks, joins_bias, partition
 from .schedule import intervals
@@ -59,45 +62,63 @@ class Layer:
         return bool(grads)
 
 
-def layers_of(group: dict, index_of_first: int) -> list[Layer]:
-    """The layers of a param group. Biases are known by name: "x.bias" joins "x.weight"."""
+def layers_of(group: dict, index_of_first: int, states: Mapping[Tensor, dict]) -> list[Layer]:
+    """The layers of a param group. Biases are known by name: "x.bias" joins "x.weight".
+
+    A tensor with state keeps the blocks that it was made for, whatever ``graft`` is now. Raises ValueError where they
+    fit the other options no more.
+    """
     params = group["params"]
     names = group.get("param_names") or [f"param {index_of_first + i}" for i in range(len(params))]
     by_name = dict(zip(names, params, strict=True))
-    biases = {
-        name: name.removesuffix("weight") + "bias"
+    biases = {name: by_name.get(name.removesuffix("weight") + "bias") for name in names if name.endswith("weight")}
+    of_weights = {name: _layer(name, by_name[name], bias, group, states) for name, bias in biases.items()}
+    joined = {id(layer.bias) for layer in of_weights.values()}
+    return [
+        of_weights.get(name) or _layer(name, param, None, group, states)
         for name, param in by_name.items()
-        if name.endswith("weight") and _is_bias(by_name.get(name.removesuffix("weight") + "bias"), param, group)
-    }
-    layers = []
-    for name, param in by_name.items():
-        if name in biases.values():
-            continue
-        bias = by_name[biases[name]] if name in biases else None
-        layers.append(Layer(name, param, bias, _blocks(name, param, bias, group)))
-    return layers
+        if id(param) not in joined
+    ]
 
 
-def _is_bias(bias: Tensor | None, weight: Tensor, group: dict) -> bool:
-    if bias is None or bias.shape != weight.shape[:1]:
-        return False
+def _layer(name: str, weight: Tensor, bias: Tensor | None, group: dict, states: Mapping[Tensor, dict]) -> Layer:
+    """``bias``: one that joins where it can."""
     grafted = group["graft"] is not None
-    return joins_bias(weight.shape, blocks=group["blocks"], segment=group["segment"], grafted=grafted)
-
-
-def _blocks(name: str, weight: Tensor, bias: Tensor | None, group: dict) -> list[Blocks]:
     try:
-        parts = partition(
-            weight.shape,
-            blocks=group["blocks"],
-            segment=group["segment"],
-            grid=group["grid"],
-            average=group["average"],
-            grafted=group["graft"] is not None,
-            bias=bias is not None,
-        )
-        for part in parts:
-            intervals(part, group)
-        return parts
+        layers = [_with_blocks(name, weight, bias, group, choice) for choice in (grafted, not grafted)]
+        layer = next((layer for layer in layers if _fits(layer, states)), None)
+        if layer is None:
+            raise ValueError(
+                "MBF: expected blocks, segment, grid and average as when the state was made, with matrices "
+                f"{_held(states.get(weight, {}))} (count, size), got options that ask for {_needed(layers[0])}"
+            )
+        for blocks in layer.blocks:
+            intervals(blocks, group)
     except ValueError as error:
         raise ValueError(f"{error} ({name}, shape {list(weight.shape)})") from None
+    return layer
+
+
+def _with_blocks(name: str, weight: Tensor, bias: Tensor | None, group: dict, grafted: bool) -> Layer:
+    options = {"blocks": group["blocks"], "segment": group["segment"], "grafted": grafted}
+    joins = bias is not None and bias.shape == weight.shape[:1] and joins_bias(weight.shape, **options)
+    blocks = partition(weight.shape, grid=group["grid"], average=group["average"], bias=joins, **options)
+    return Layer(name, weight, bias if joins else None, blocks)
+
+
+def _fits(layer: Layer, states: Mapping[Tensor, dict]) -> bool:
+    """Whether the state, where there is any, was made for the layer."""
+    if layer.bias is not None and states.get(layer.bias, {}).keys() & {"step", "clock"}:  # it has stepped alone
+        return False
+    state = states.get(layer.weight)
+    return not state or _held(state) == _needed(layer)
+
+
+def _held(state: dict) -> dict[str, tuple[int, int]]:
+    """Count and size of every F."""
+    fishers = {name: value for name, value in state.items() if name.startswith("fisher")}
+    return {name: (f.count, f.size) for name, f in fishers.items() if isinstance(f, SymmetricBlocks)}
+
+
+def _needed(layer: Layer) -> dict[str, tuple[int, int]]:
+    return {"fisher" + blocks.suffix: (blocks.count, blocks.size) for blocks in layer.blocks}

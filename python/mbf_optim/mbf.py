@@ -42,7 +42,7 @@ class MBF(Optimizer):
         damping: lambda; a multiple of the block's mean diagonal when ``relative_damping``. A number or a tensor.
         relative_damping: see ``damping``.
         weight_decay: gamma, decoupled as in AdamW.
-        graft: "adam" or None.
+        graft: "adam" or None. Where it changes between steps, tensors with state keep their mini-blocks.
         nesterov: use mu M + g in place of M.
         update_interval: T1, steps between updates of F. None: 1, but 10 for shared matrices above 128.
         factor_interval: T2, steps between factorisations. None: 1, or 100 likewise. In the first T2 steps every update
@@ -224,10 +224,11 @@ class MBF(Optimizer):
         params = [list(map(id, group["params"])) for group in self.param_groups]
         if self._known_params != params:
             self._forget()
-            first, self._known_params = 0, params
+            first = 0
             for group in self.param_groups:
-                self._known_layers.append(layers_of(group, first))
+                self._known_layers.append(layers_of(group, first, self.state))
                 first += len(group["params"])
+            self._known_params = params
         return zip(self.param_groups, self._known_layers, strict=True)
 
     def _plan(self, index: int, group: dict, grads: list[Tensor | None]) -> Plan:
@@ -294,7 +295,8 @@ class MBF(Optimizer):
                         got = "none" if found is None else list(found.shape)
                         raise ValueError(
                             f"MBF.load_state_dict: expected blocks {expected} for {layer.name}, got {got}: "
-                            "was it saved with another partition?"
+                            "was it saved with another partition (blocks, segment, grid, average, or graft with "
+                            'blocks="auto")?'
                         )
 
 
