@@ -117,7 +117,9 @@ def _move(
         denominator = (v / square_weight).sqrt_().add_(o.eps)
         u = torch.where(denominator > 0, d / denominator, 0)
         rate = lr * (1 - o.momentum) / wide(momentum_weight) * length_ratio(u, p)
-    w = torch.addcmul((1 - lr * o.weight_decay) * _flat(param, lower), rate.to(p.dtype), p, value=-1)
+    rate = rate.to(p.dtype)
+    finite &= rate.isfinite()  # |u| overflows where v = 0 and eps is tiny
+    w = torch.addcmul((1 - lr * o.weight_decay) * _flat(param, lower), rate, p, value=-1)
 
     good = finite & (lower.diagonal() > 0).all(1, keepdim=True)  # [S, R, 1]
     moved = [(param, w), (momentum, m)] + ([(square, v)] if o.graft else [])

@@ -115,11 +115,12 @@ def mbf_shared_step_(
         v_s <- beta_2 v_s + (1 - beta_2) g_s^2                           graft="adam", and
         W_s <- (1 - alpha gamma) W_s - alpha (|u_s| / |P_s|) P_s         no step where P_s = 0
         u_s  = mhat / (sqrt(vhat) + eps), mhat = (1-mu) D_s / momentum_weight, vhat = v_s / square_weight
+                                                              an element is 0 where its denominator is
 
     The dimension of size R enumerates the matrices, those after it the elements, those before it the mini-blocks that
     share. Where a bias joins, an entry is a pair: all elements but the last, with R = 1, and the last ones
     [*samples]. A matrix whose new diagonal would not be finite keeps its value; where it cannot be factored, all its
-    mini-blocks are bad. A bad mini-block, or one whose g or P is not finite, keeps W, M and v and is counted in
+    mini-blocks are bad. A bad mini-block, or one whose g, P or |u|^2 is not finite, keeps W, M and v and is counted in
     ``skipped``. The other options are those of ``mbf_step_``.
 
     Returns info [R] of each tensor, LAPACK's for its matrices. Any size: above 128 torch's products and solves serve.

@@ -356,6 +356,31 @@ def test_shared_step_of_any_magnitude(backend, device, size, dtype, graft, scale
 
 
 @over_shared_cases
+@pytest.mark.parametrize("history", [0.0, 1.0])
+@pytest.mark.parametrize("eps", [0.0, 1e-45, 1e-40, 1e-30, 5e-324], ids=str)
+def test_shared_step_without_second_moments(backend, device, size, dtype, history, eps):
+    """v = 0 for an element of a mini-block. Its part of Adam's step is 0 where D or the denominator is, and otherwise
+    D / eps: where the square of that overflows, the mini-block is bad."""
+    problem = Shared(size, dtype, device)
+    element = (*AT, size // 2)
+    for tensors, value in ((problem.grads, 0.0), (problem.squares, 0.0), (problem.momenta, history)):
+        tensors[0][element] = value
+    before = problem.written()
+    infos = problem.step(graft="adam", update=False, eps=eps, diagonal_decay=0.9)
+    assert not any(info.any() for info in infos)
+    rounded = torch.tensor(eps, dtype=dtype).item()
+    bad = rounded > 0 and history > 0 and 0.9 / rounded > torch.finfo(dtype).max ** 0.5
+    assert [int(s) for s in problem.skipped] == [7 + bad, 7]
+    for old, new in zip(before[:3], problem.written()[:3], strict=True):
+        assert new.isfinite().all()
+        if bad:
+            assert_bitwise(new[AT], old[AT])
+        elsewhere = torch.ones(SAMPLES, MATRICES, dtype=torch.bool, device=device)
+        elsewhere[AT] = False
+        assert (new != old)[elsewhere].all()
+
+
+@over_shared_cases
 @over_grafts
 @pytest.mark.parametrize("relative", [False, True])
 def test_shared_step_of_zeros_only_decays(backend, device, size, dtype, graft, relative):
