@@ -189,9 +189,9 @@ private:
             const V u = weight * s.g[i];
             MBF_UNROLL
             for (int j = 0; j <= i; ++j) {
-                V& f = s.f[row(i) + j];
-                if (kOnePass) f = load_pack<S, kParts>(tile + (row(i) + j) * kTileBlocks);
-                f = accumulate_entry(f, u, s.g[j], decay);
+                const int t = row(i) + j;
+                const V f = kOnePass ? load_pack<S, kParts>(tile + t * kTileBlocks) : s.f[t];
+                s.f[t] = accumulate_entry(f, u, s.g[j], decay);
             }
             after_row(i);
         }

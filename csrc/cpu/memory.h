@@ -227,6 +227,8 @@ public:
         for (int p = 0; p < P; ++p) store_register(v, p, group, all ? 0 : lanes_to_skip<S, P>(keep, p, group));
     }
 
+    bool has_rows() const { return rows_; }
+
     // The i-th cache line of the pack that starts at block(b) = start, where the pack lies in one of the two fast ways.
     const S* line(const S* start, int i) const {
         constexpr int kLine = 64 / sizeof(S);
@@ -316,6 +318,7 @@ public:
         : triangle_(storage + block_offset(size_of<N>(n_), first)),
           views_{&a, &b, &c},
           starts_{a.block(first), b.block(first), c.block(first)},
+          in_rows_(a.has_rows() && b.has_rows() && c.has_rows()),
           shares_(size_of<N>(n_)),
           left_(shares_.count) {}
 
@@ -327,7 +330,8 @@ public:
         triangle_ += shares.triangle * kLine;
         if (line_ >= shares.lines) return;
         for (int v = 0; v < 3; ++v)
-            for (int i = line_; i < line_ + shares.vector; ++i) __builtin_prefetch(views_[v]->line(starts_[v], i), 1);
+            for (int i = line_; i < line_ + shares.vector; ++i)
+                __builtin_prefetch(in_rows_ ? starts_[v] + i * kLine : views_[v]->line(starts_[v], i), 1);
         line_ += shares.vector;
     }
 
@@ -354,6 +358,7 @@ private:
     const S* triangle_;
     const View* const views_[3];
     const S* const starts_[3];
+    const bool in_rows_;
     const Shares shares_;
     int left_, line_ = 0;
 };
