@@ -215,7 +215,10 @@ class Native:
         factors: Sequence[SymmetricBlocks],
         skipped: Sequence[Tensor],
     ) -> Launch | None:
-        """``mbf_step_`` to be repeated, without info where that can be; None where a tensor needs a copy."""
+        """``mbf_step_`` to be repeated, without info where that can be; None where a tensor needs a copy, or none has
+        blocks."""
+        if not any(fisher.count for fisher in fishers):
+            return None
         info = None if self is CPU else _new_info(fishers[0].data, sum(fisher.count for fisher in fishers))
         ones = [1.0] * len(params)
         problems, views = self._step_problems(params, grads, momenta, fishers, factors, skipped, info, ones, ones)

@@ -69,7 +69,7 @@ class PreparedStep:
         **options,  # of the op
     ) -> None:
         """Raises what the op raises."""
-        if self._params[0].is_meta:  # no backend serves them: a trace
+        if not self._params or self._params[0].is_meta:  # nothing to do, or a trace: no backend serves them
             return self._run(grads, momentum_weight, second_weight, options)
         backend = choose(self._op, self._params[0].device, self._size)
         grads, kept = list(grads), self._kept

@@ -506,3 +506,21 @@ def test_no_gradients_at_all():
     before = copy.deepcopy(net.optimizer.state_dict())
     net.optimizer.step()
     assert str(net.optimizer.state_dict()) == str(before)
+
+
+def test_a_factor_that_a_step_could_not_write_is_missing_still():
+    """The interval grows at a step that raises: the next one has no factor from before."""
+    weight = torch.nn.Parameter(randn(4, 3, 3, 3))
+    optimizer = MBF([weight], factor_interval=1)
+    weight.grad = randn(4, 3, 3, 3, seed=1)
+    for _ in range(12):
+        optimizer.step()
+    group = optimizer.param_groups[0]
+    group |= {"factor_interval": 10, "lr": -1.0}
+    with pytest.raises(ValueError, match="lr"):
+        optimizer.step()
+    group["lr"] = 1e-3
+    before = weight.detach().clone()
+    optimizer.step()
+    assert optimizer.report()[0].skipped == 0
+    assert bool((weight != before).any())

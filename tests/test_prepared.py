@@ -396,6 +396,24 @@ def test_empty_tensors_beside_others(backend, device):
             twins.check()
 
 
+@over_ops
+def test_no_tensors_and_only_empty_ones(backend, device, op):
+    """Nothing to do, as for the op; what the op refuses is refused."""
+    shape, options = (0, 1, 9), Twins(op).options
+    for count in (0, 2):
+        tensors = [[torch.empty(shape, device=device) for _ in range(count)] for _ in range(4)]
+        params, momenta, squares = ([(t,) for t in group] for group in tensors[:3])
+        blocks = 0 if op == "mbf_step_" else 1
+        matrices = {"squares": squares} if op != "mbf_step_" else {}
+        if op != "mbf_diagonal_step_":
+            matrices["fishers"] = [SymmetricBlocks.zeros(blocks, 9, device=device) for _ in range(count)]
+        prepared = PreparedStep(op, params, momenta, **matrices)
+        for _ in range(3):
+            prepared(tensors[3], **options)
+        with pytest.raises(ValueError, match="graft"):
+            prepared(tensors[3], **options | dict(graft="sgd"))
+
+
 def test_the_second_call_is_a_launch_alone():
     """What makes it cheap: no op is called."""
     calls = collections.Counter()

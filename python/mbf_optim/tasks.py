@@ -116,6 +116,7 @@ class Launch:
             second_weight=fisher_weight if self._op == "mbf_step_" else square_weight,
             **options,
         )
+        self._without_factor = False
 
     def _due(self) -> tuple[bool, bool]:
         """Whether F is to be updated, and whether it is to be factored."""
@@ -124,8 +125,7 @@ class Launch:
             return True, True
         t = self._clock.step - 1  # the paper counts from 0
         update = t % t1 == 0
-        missing, self._without_factor = self._without_factor, False
-        return update, (t <= t2 and update) or t % t2 == 0 or missing
+        return update, (t <= t2 and update) or t % t2 == 0 or self._without_factor
 
 
 def launches_of(tasks: list[Task], group: dict) -> list[Launch]:
