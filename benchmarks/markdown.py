@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
+def number(value: float | None) -> str:
+    """Three digits or all before the point, and no exponent."""
+    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
 def time_text(microseconds: float) -> str:
-    return f"{microseconds:.1f} us" if microseconds < 1e4 else f"{microseconds / 1e3:.2f} ms"
+    if microseconds < 999.5:
+        return f"{number(microseconds)} us"
+    milliseconds = microseconds / 1e3
+    return f"{number(milliseconds)} ms" if milliseconds < 999.5 else f"{number(milliseconds / 1e3)} s"
 
 
 def one_line(text: str) -> str:

@@ -220,7 +220,7 @@ def test_report_and_pages_say_what_was_measured_and_what_was_missed():
     assert "A processor, 2 of 4 cores" in html and "no such thing" in html
     assert f"| {peers.CHOLESKY} / fused op, n = 9 | >= 50 | 1 | no |" in page and "Missed:" in page
     assert f"MBF (grafted) / Adam, {plan.CONVOLUTIONS} | <= 2.6 | 1 | yes" in page
-    assert "1 of 2 goals are met" in figures and "| 10.0 us | 10.0 us, 1 x | - | - |" in figures
+    assert "1 of 2 goals are met" in figures and "| 10.0 us | 10.0 us, 1.00 x | - | - |" in figures
 
 
 def test_figures_from_a_busy_machine_say_so():
@@ -261,12 +261,12 @@ def test_the_knees_in_words():
     rows += [{"part": "against size", "n": n, "ns_per_block": cost, "median_us": 1.0} for n, cost in costs.items()]
     by_count, by_size = knees(rows, {"L1": 48_000, "L2": 100_000})
     assert by_size == (
-        "Against n: from n = 1 to 2 a block costs 2 to 7.69 times a copy of its bytes; from n = 64 to 64 a block costs "
-        "3 to 3 times its flops at full rate; the sharpest rise, beside that of F's size, is 8.33 times at n = 2."
+        "Against n: from n = 1 to 2 a block costs 2.00 to 7.69 times a copy of its bytes; from n = 64 to 64 a block costs "
+        "3.00 to 3.00 times its flops at full rate; the sharpest rise, beside that of F's size, is 8.33 times at n = 2."
     )
     assert by_count == (
-        "n = 4: a call with 10 blocks takes 2 us; from 1,000 blocks on a block costs at most 1.5 times the least, "
-        "8 ns; 2 threads pay from 1,000 blocks on. One thread: 12 ns in L2, 22 ns beyond the caches."
+        "n = 4: a call with 10 blocks takes 2.00 us; from 1,000 blocks on a block costs at most 1.5 times the least, "
+        "8.00 ns; 2 threads pay from 1,000 blocks on. One thread: 12.0 ns in L2, 22.0 ns beyond the caches."
     )
 
 

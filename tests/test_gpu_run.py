@@ -489,7 +489,7 @@ def test_a_row_stands_beside_its_goal_and_its_prediction():
         "accumulate_factor_solve_ n=9 float32 thread": {"percent_of_copy": 92, "limit": "memory"},
         "accumulate_factor_solve_ n=9 float32 group": {"percent_of_copy": 60, "limit": "issue"},
     }
-    expected = ("fused n=9", "10.0 us", "9.0 us", "20.00 ms", "2550", "85", "85", "1.00", "92 (memory)")
+    expected = ("fused n=9", "10.0 us", "9.00 us", "20.0 ms", "2550", "85", "85", "1.00", "92 (memory)")
     assert report.cells(kernel(), 3000.0, predictions) == expected
     assert report.cells(kernel(mapping="group"), 3000.0, predictions)[6:] == ("", "", "60 (issue)")
     assert report.cells(kernel(backend="triton"), 3000.0, predictions)[6:] == ("", "", "")

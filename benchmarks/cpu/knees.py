@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from itertools import groupby, pairwise
 
-from benchmarks.cpu.tables import number, timed
+from benchmarks.cpu.tables import timed
+from benchmarks.markdown import number
 from benchmarks.ops import FUSED, OPS, triangle
 
 PAYS = 1.25  # so many times faster, and a second thread is worth its start

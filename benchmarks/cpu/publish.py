@@ -11,8 +11,8 @@ from benchmarks.cpu.goals import TIMES_FASTER
 from benchmarks.cpu.knees import knees
 from benchmarks.cpu.notes import NOTES
 from benchmarks.cpu.results import HOME, ROOT, load
-from benchmarks.cpu.tables import Table, number, step_us, tables, timed
-from benchmarks.markdown import table, time_text
+from benchmarks.cpu.tables import Table, step_us, tables, timed
+from benchmarks.markdown import number, table, time_text
 from benchmarks.ops import FUSED
 from benchmarks.peers import CHOLESKY
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from benchmarks.cpu import goals
-from benchmarks.markdown import time_text
+from benchmarks.markdown import number, time_text
 from benchmarks.ops import FUSED, OPS
 
 
@@ -132,8 +132,3 @@ def absent(rows: list[dict]) -> Table:
 
 def times(row: dict) -> tuple[str, ...]:
     return tuple(time_text(row[f"{name}_us"]) for name in ("median", "p20", "p80"))
-
-
-def number(value: float | None) -> str:
-    """Three digits, and no exponent."""
-    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
