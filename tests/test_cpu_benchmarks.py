@@ -261,8 +261,9 @@ def test_the_knees_in_words():
     rows += [{"part": "against size", "n": n, "ns_per_block": cost, "median_us": 1.0} for n, cost in costs.items()]
     by_count, by_size = knees(rows, {"L1": 48_000, "L2": 100_000})
     assert by_size == (
-        "Against n: from n = 1 to 2 a block costs 2.00 to 7.69 times a copy of its bytes; from n = 64 to 64 a block costs "
-        "3.00 to 3.00 times its flops at full rate; the sharpest rise, beside that of F's size, is 8.33 times at n = 2."
+        "Against n: from n = 1 to 2 a block costs 2.00 to 7.69 times a copy of its bytes; from n = 64 to 64 a block "
+        "costs 3.00 to 3.00 times its flops at full rate; the sharpest rise, beside that of F's size, is 8.33 times at "
+        "n = 2."
     )
     assert by_count == (
         "n = 4: a call with 10 blocks takes 2.00 us; from 1,000 blocks on a block costs at most 1.5 times the least, "
