@@ -315,13 +315,16 @@ MBF_FN V length_ratio(V adam, V peak, V length) {
     return select(peak > V{}, scale, V{});
 }
 
-// |u| / |P| from |u|^2: gives P the length of Adam's step.
-template <int N, class V>
-MBF_FN V graft_scale(V adam, const V* p, int n_) {
+// |u| / |P|: gives P the length of Adam's step.
+template <int N, class F, class V, class S>
+MBF_FN V graft_scale(F f, const V* d, const V* p, S momentum_scale, S fisher_scale, S eps, int n_) {
     const int n = size_of<N>(n_);
-    V peak{};
+    V peak{}, adam{};
     MBF_UNROLL
-    for (int k = 0; k < n; ++k) peak = larger_magnitude(peak, p[k]);
+    for (int k = 0; k < n; ++k) {
+        peak = larger_magnitude(peak, p[k]);
+        adam = adam + adam_square(f[row(k) + k], d[k], momentum_scale, fisher_scale, eps);
+    }
     const V unit = unit_of(peak);
     V length{};
     MBF_UNROLL

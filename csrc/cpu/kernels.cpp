@@ -45,6 +45,8 @@ public:
         : problem(problem),
           q(parameters),
           n_(n),
+          momentum_scale((1 - parameters.momentum) / problem.momentum_weight.value),
+          fisher_scale(1 / problem.fisher_weight.value),
           s(scratch, n),
           fisher(static_cast<S*>(problem.fisher)),
           stored(static_cast<S*>(problem.factor)),
@@ -116,8 +118,6 @@ private:
             form_direction_of_run(group, ahead);
         else
             form_direction(group, ahead);
-        const S momentum_scale = (1 - q.momentum) / problem.momentum_weight.value;
-        const S fisher_scale = 1 / problem.fisher_weight.value;
         V adam{};  // |u|^2 of Adam's step
         const auto after_row = [&](int k) {
             ahead.fetch_share();
@@ -345,7 +345,8 @@ private:
         const V above = select(length > V{} + S(1e-30), length, V{});
         const V within = select(above < V{} + S(1e30), above, V{});
         if (!any(within == V{})) return scale;
-        return select(within == V{}, graft_scale<N>(adam, s.x, n), scale);
+        const V anywhere = graft_scale<N>(s.f, s.d, s.x, momentum_scale, fisher_scale, S(q.eps), n);
+        return select(within == V{}, anywhere, scale);
     }
 
     void clear_bad(V* x, int length, V bad) const {
@@ -365,6 +366,7 @@ private:
     const Problem& problem;
     const Parameters& q;
     const int n_;
+    const S momentum_scale, fisher_scale;  // of a step: undo the zero start of M and F
     const Workspace<V> s;
     S* const fisher;
     S* const stored;

@@ -162,13 +162,10 @@ private:
         const Rates<S> rates(problem_, q_);
         S rate = rates.lr;
         if (q_.graft) {
-            S adam = 0;
+            S d[N];
             MBF_UNROLL
-            for (int k = 0; k < N; ++k) {
-                const S d_k = momentum.direction(m[k], g[k]);
-                adam = adam + adam_square(f[row(k) + k], d_k, rates.momentum_scale, rates.fisher_scale, S(q_.eps));
-            }
-            rate = rate * graft_scale<N>(adam, x, N);
+            for (int k = 0; k < N; ++k) d[k] = momentum.direction(m[k], g[k]);
+            rate = rate * graft_scale<N>(f, d, x, rates.momentum_scale, rates.fisher_scale, S(q_.eps), N);
         }
         MBF_UNROLL
         for (int k = 0; k < N; ++k) {
