@@ -224,7 +224,7 @@ def test_report_and_pages_say_what_was_measured_and_what_was_missed():
 
 
 def test_figures_from_a_busy_machine_say_so():
-    warning = "provisional: 3.6 other processes were running"
+    warning = "provisional: other processes kept 3.6 cores busy"
     assert warning in publish.figures(some_results(load=3.6)) and warning in report.page(some_results(load=3.6))
     assert "provisional" not in publish.figures(some_results()) + report.page(some_results())
 

@@ -6,6 +6,8 @@ import os
 from datetime import date
 from pathlib import Path
 
+import psutil
+
 from benchmarks.environment import environment, version
 from mbf_kernels import native
 
@@ -18,11 +20,16 @@ def describe(command: str) -> dict:
         "made": date.today().isoformat(),
         "command": command,
         "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),  # processes that ran before this one: its figures are worth less with any
+        "load": round(busy_cores(), 1),
         "isa": native.cpu_isa() if native.UNAVAILABLE is None else None,
         "caches": caches(),
         "packages": {name: version(name) for name in PACKAGES},
     }
+
+
+def busy_cores(seconds: float = 2.0) -> float:
+    """How many cores others keep busy: the figures are worth less with any."""
+    return psutil.cpu_percent(interval=seconds) / 100 * os.cpu_count()
 
 
 def caches() -> dict[str, int]:

@@ -41,12 +41,12 @@ def machine(here: dict) -> str:
     return f"{here['processor']}, {here['threads']} of {here['cores']} cores"
 
 
-BUSY = 0.5  # processes on average: more, and the figures say more of the others
+BUSY = 0.5  # cores: more, and the figures say more of the others
 
 
 def busy(here: dict) -> str:
     """A warning where the machine was not idle when the run began; else nothing."""
-    return f"provisional: {here['load']:g} other processes were running" if here["load"] > BUSY else ""
+    return f"provisional: other processes kept {here['load']:g} cores busy" if here["load"] > BUSY else ""
 
 
 def facts(here: dict) -> dict[str, str]:
