@@ -19,6 +19,7 @@ namespace py = pybind11;
 using Problems = std::vector<mbf::Problem>;
 using SharedProblems = std::vector<mbf::SharedProblem>;
 using DiagonalProblems = std::vector<mbf::DiagonalProblem>;
+PYBIND11_MAKE_OPAQUE(mbf::Addresses)
 PYBIND11_MAKE_OPAQUE(Problems)
 PYBIND11_MAKE_OPAQUE(SharedProblems)
 PYBIND11_MAKE_OPAQUE(DiagonalProblems)
@@ -110,8 +111,6 @@ mbf::DiagonalProblem diagonal_problem(int64_t count, double momentum_weight, dou
             pointer<void>(param)};
 }
 
-using Addresses = std::vector<int64_t>;
-
 // A launch is kept for the next step, whose gradients lie elsewhere and whose weights are others.
 template <class Problem>
 py::class_<std::vector<Problem>> bind_launch(py::module_& m, const char* name) {
@@ -165,7 +164,11 @@ PYBIND11_MODULE(_C, m) {
              py::kw_only(), py::arg("lr") = 0.0, py::arg("momentum") = 0.0, py::arg("decay") = 0.0,
              py::arg("damping") = 0.0, py::arg("weight_decay") = 0.0, py::arg("eps") = 0.0, py::arg("relative") = false,
              py::arg("graft") = false, py::arg("nesterov") = false, py::arg("maximize") = false,
-             py::arg("update") = true, py::arg("refactor") = true, py::arg("rhs_count") = 1);
+             py::arg("update") = true, py::arg("refactor") = true, py::arg("rhs_count") = 1)
+        .def("set_rates", [](mbf::Parameters& parameters, const Number& lr, const Number& damping) {
+            parameters.lr = scalar(lr);
+            parameters.damping = scalar(damping);
+        });
 
     py::class_<mbf::SharedProblem>(m, "SharedProblem")
         .def(py::init(&shared_problem), py::kw_only(), py::arg("count"), py::arg("samples"), py::arg("fisher"),
@@ -178,7 +181,7 @@ PYBIND11_MODULE(_C, m) {
 
     bind_launch<mbf::Problem>(m, "Problems")
         .def("set_gradients",
-             [](Problems& problems, const Addresses& addresses) {
+             [](Problems& problems, const mbf::Addresses& addresses) {
                  for (size_t i = 0; i < problems.size(); ++i) problems[i].grad.base = pointer<void>(addresses.at(i));
              })
         .def("set_weights", [](Problems& problems, const Number& momentum_weight, const Number& fisher_weight) {
@@ -189,7 +192,7 @@ PYBIND11_MODULE(_C, m) {
         });
     bind_launch<mbf::SharedProblem>(m, "SharedProblems")
         .def("set_gradients",
-             [](SharedProblems& problems, const Addresses& addresses) {
+             [](SharedProblems& problems, const mbf::Addresses& addresses) {
                  size_t next = 0;  // one address, or two where a bias joins
                  for (mbf::SharedProblem& problem : problems) {
                      problem.grad.base = pointer<void>(addresses.at(next++));
@@ -199,11 +202,21 @@ PYBIND11_MODULE(_C, m) {
         .def("set_weights", &set_moment_weights<mbf::SharedProblem>);
     bind_launch<mbf::DiagonalProblem>(m, "DiagonalProblems")
         .def("set_gradients",
-             [](DiagonalProblems& problems, const Addresses& addresses) {
+             [](DiagonalProblems& problems, const mbf::Addresses& addresses) {
                  for (size_t i = 0; i < problems.size(); ++i) problems[i].grad = pointer<void>(addresses.at(i));
              })
         .def("set_weights", &set_moment_weights<mbf::DiagonalProblem>);
 
+    py::class_<mbf::Addresses>(m, "Addresses")
+        .def(py::init([](const py::list& addresses) {
+            mbf::Addresses list;
+            for (py::handle address : addresses) list.push_back(address.cast<int64_t>());
+            return list;
+        }))
+        .def(
+            "__iter__", [](const mbf::Addresses& list) { return py::make_iterator(list.begin(), list.end()); },
+            py::keep_alive<0, 1>());
+    py::implicitly_convertible<py::list, mbf::Addresses>();
     py::class_<mbf::TensorMemory>(m, "TensorMemory")
         .def(py::init<const py::capsule&, py::type, const py::list&>(), py::arg("table"), py::arg("type"),
              py::arg("tensors"))

@@ -32,6 +32,8 @@ struct ExchangeTable {
 
 }  // namespace dlpack
 
+using Addresses = std::vector<int64_t>;
+
 // A list of tensors as it was once, to be compared with what it is later.
 class TensorMemory {
 public:
@@ -43,15 +45,16 @@ public:
         for (pybind11::handle tensor : tensors) {
             dlpack::Tensor found;
             if (!is_described(tensor, found)) throw pybind11::error_already_set();
-            expected_.push_back({found, {found.sizes, found.sizes + found.dimensions}, strides_of(found)});
+            expected_.push_back(found);
+            for (int i = 0; i < found.dimensions; ++i) extents_.push_back({found.sizes[i], found.strides[i]});
         }
     }
 
     // The addresses of tensors that are like the first ones in all but their place; none where one is not.
-    std::optional<std::vector<int64_t>> addresses(const pybind11::list& tensors) const {
-        std::vector<int64_t> found_addresses;
+    std::optional<Addresses> addresses(const pybind11::list& tensors) const {
+        Addresses found_addresses;
         found_addresses.reserve(expected_.size());
-        const auto keep = [&](const dlpack::Tensor& found, const Known&) {
+        const auto keep = [&](const dlpack::Tensor& found, const dlpack::Tensor&) {
             found_addresses.push_back(reinterpret_cast<int64_t>(found.data) + static_cast<int64_t>(found.offset));
             return true;
         };
@@ -61,20 +64,15 @@ public:
 
     // Whether the tensors are where the first ones were, too.
     bool holds(const pybind11::list& tensors) const {
-        return all_alike(tensors, [](const dlpack::Tensor& found, const Known& known) {
-            return found.data == known.tensor.data && found.offset == known.tensor.offset;
+        return all_alike(tensors, [](const dlpack::Tensor& found, const dlpack::Tensor& expected) {
+            return found.data == expected.data && found.offset == expected.offset;
         });
     }
 
 private:
-    struct Known {
-        dlpack::Tensor tensor;  // but for its sizes and strides, which may go
-        std::vector<int64_t> sizes, strides;
+    struct Extent {
+        int64_t size, stride;
     };
-
-    static std::vector<int64_t> strides_of(const dlpack::Tensor& tensor) {
-        return {tensor.strides, tensor.strides + tensor.dimensions};
-    }
 
     bool is_described(pybind11::handle object, dlpack::Tensor& tensor) const {
         if (!PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(type_.ptr()))) {
@@ -87,31 +85,34 @@ private:
     template <class Also>
     bool all_alike(const pybind11::list& tensors, const Also& also) const {
         if (tensors.size() != expected_.size()) return false;
+        const Extent* extents = extents_.data();
         for (size_t i = 0; i < expected_.size(); ++i) {
+            const dlpack::Tensor& expected = expected_[i];
             dlpack::Tensor found;
             if (!is_described(tensors[i], found)) {
                 PyErr_Clear();
                 return false;
             }
-            if (!are_alike(found, expected_[i]) || !also(found, expected_[i])) return false;
+            if (!are_alike(found, expected, extents) || !also(found, expected)) return false;
+            extents += expected.dimensions;
         }
         return true;
     }
 
-    static bool are_alike(const dlpack::Tensor& found, const Known& known) {
-        const dlpack::Tensor& like = known.tensor;
-        if (found.dimensions != like.dimensions || found.device_type != like.device_type ||
-            found.device_index != like.device_index || found.type_code != like.type_code ||
-            found.type_bits != like.type_bits || found.type_lanes != like.type_lanes)
+    static bool are_alike(const dlpack::Tensor& found, const dlpack::Tensor& expected, const Extent* extents) {
+        if (found.dimensions != expected.dimensions || found.device_type != expected.device_type ||
+            found.device_index != expected.device_index || found.type_code != expected.type_code ||
+            found.type_bits != expected.type_bits || found.type_lanes != expected.type_lanes)
             return false;
         for (int i = 0; i < found.dimensions; ++i)
-            if (found.sizes[i] != known.sizes[i] || found.strides[i] != known.strides[i]) return false;
+            if (found.sizes[i] != extents[i].size || found.strides[i] != extents[i].stride) return false;
         return true;
     }
 
     const dlpack::ExchangeTable* table_;
     pybind11::type type_;
-    std::vector<Known> expected_;
+    std::vector<dlpack::Tensor> expected_;  // but for its sizes and strides, which may go
+    std::vector<Extent> extents_;           // those of all tensors in a row
 };
 
 }  // namespace mbf

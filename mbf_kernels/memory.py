@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -13,8 +14,8 @@ from . import native
 class Memory(Protocol):
     """A list of tensors as it was once."""
 
-    def addresses(self, tensors: list[Tensor]) -> list[int] | None:
-        """Of tensors that are like those in all but their place; None where one is not."""
+    def addresses(self, tensors: list[Tensor]) -> Iterable[int] | None:
+        """As a launch takes them, of tensors that are like those in all but their place; None where one is not."""
 
     def holds(self, tensors: list[Tensor]) -> bool:
         """Whether the tensors are where those were, too."""

@@ -123,18 +123,23 @@ class Launch:
     ):
         self._native, self._problems, self._start, self._keep = native, problems, start, keep
 
+    def set_gradients(self, addresses: _C.Addresses | list[int]) -> None:
+        """Needed before every call that has others."""
+        self._problems.set_gradients(addresses)
+
     def set_options(self, options: StepOptions) -> None:
-        """Needed before the first call."""
+        """Needed before the first call; what a call names itself counts."""
         self._parameters, self._diagonal_decay = self._native.parameters(options), options.diagonal_decay
 
     def __call__(
         self,
-        gradients: list[int],  # addresses
         momentum_weight: float | Tensor,
         second_weight: float | Tensor,  # of F, or of v
+        lr: float | Tensor,
+        damping: float | Tensor,
     ) -> None:
         number = self._native.number
-        self._problems.set_gradients(gradients)
+        self._parameters.set_rates(number(lr), number(damping))
         self._problems.set_weights(number(momentum_weight), number(second_weight))
         self._start(self._problems, self._parameters, self._diagonal_decay)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +23,22 @@ _PREPARE = {"mbf_step_": "prepare_step", "mbf_shared_step_": "prepare_shared", "
 View = Callable[[Tensor], Tensor]
 
 
+class StepNumbers(NamedTuple):
+    """What may change from step to step: each a number, or one on the device."""
+
+    momentum_weight: float | Tensor
+    second_weight: float | Tensor  # fisher_weight or square_weight
+    lr: float | Tensor
+    damping: float | Tensor
+
+
 class PreparedStep:
     """One of the step ops, kept to be called again with other gradients.
 
     The first call runs the op with all its checks. Later ones only look whether every tensor is still where it was and
     every gradient laid out as before, and then launch; where something has changed, the op runs again as if it were the
-    first time. So a call never does anything else than the op.
+    first time. So a call never does anything else than the op. Who has to look at all of several steps before the first
+    one moves anything calls ``aim``, and where it says True ``launch``.
 
     Args:
         op: "mbf_step_", "mbf_shared_step_" or "mbf_diagonal_step_".
@@ -69,19 +80,29 @@ class PreparedStep:
         **options,  # of the op
     ) -> None:
         """Raises what the op raises."""
-        if not self._params or self._params[0].is_meta:  # nothing to do, or a trace: no backend serves them
-            return self._run(grads, momentum_weight, second_weight, options)
-        backend = choose(self._op, self._params[0].device, self._size)
-        grads, kept = list(grads), self._kept
-        addresses = None if kept is None else kept.addresses(backend, grads, self._written, options)
-        if addresses is None:
-            self._run(grads, momentum_weight, second_weight, options)
-            self._kept = _Kept.of(self, backend, grads, options)
-            return
+        grads = list(grads)
+        if self.aim(grads) and self._kept.takes(options):
+            numbers = StepNumbers(momentum_weight, second_weight, options.pop("lr"), options.pop("damping", 0.0))
+            return self.launch(numbers, options)
+        self._run(grads, momentum_weight, second_weight, options)
+        if self._params and not self._params[0].is_meta:  # nothing to do, or a trace: no backend serves them
+            self._kept = _Kept.of(self, grads, options)
+
+    def aim(self, grads: list[Tensor]) -> bool:
+        """Points the kept launch at gradients; False where they, or what is written, ask for the op itself."""
+        if self._kept is None or not self._kept.aim(self._backend(), grads, self._written):
+            return False
         if torch.is_grad_enabled():
             checks.no_grad(self._op, *self._written, *grads)
-        kept(addresses, momentum_weight, second_weight, options)
+        return True
+
+    def launch(self, numbers: StepNumbers, options: dict) -> None:
+        """The step, once ``aim`` has said True. ``options``: the others, by the names of the first call."""
+        self._kept(numbers, options)
         torch.autograd.graph.increment_version(self._params)
+
+    def _backend(self) -> Any:
+        return choose(self._op, self._params[0].device, self._size)
 
     def _run(
         self, grads: Sequence[Tensor], momentum_weight: float | Tensor, second_weight: float | Tensor, options: dict
@@ -129,11 +150,12 @@ class _Kept:
         self._written, self._grads = memory_of(written), memory_of(grads)
         self._names, self._like = names, written[:1]
         self._offsets = offsets if any(offsets) else None
-        self._options: dict | None = None  # those that the launch last had, where they are numbers
+        self._options: dict | None = None  # those that the launch last had
 
     @classmethod
-    def of(cls, step: PreparedStep, backend: Any, grads: Sequence[Tensor], options: dict) -> _Kept | None:
+    def of(cls, step: PreparedStep, grads: list[Tensor], options: dict) -> _Kept | None:
         """None where the backend has no launch to keep."""
+        backend = step._backend()
         prepare = getattr(backend, _PREPARE[step._op], None)
         if prepare is None:
             return None
@@ -151,29 +173,38 @@ class _Kept:
         offsets = [view.data_ptr() - grad.data_ptr() for view, grad in zip(views, grads, strict=True)]
         return cls(step._op, launch, backend, step._written, grads, offsets, set(options))
 
-    def addresses(self, backend: Any, grads: list[Tensor], written: list[Tensor], options: dict) -> list[int] | None:
-        """Of the gradients' views; None unless all is where it was and laid out as it was, with the same options."""
-        if backend is not self._backend or options.keys() != self._names or not self._written.holds(written):
-            return None
+    def aim(self, backend: Any, grads: list[Tensor], written: list[Tensor]) -> bool:
+        """Whether all is where it was and laid out as it was, but for the gradients' place, which the launch takes."""
+        if backend is not self._backend or not self._written.holds(written):
+            return False
         addresses = self._grads.addresses(grads)
-        if addresses is None or self._offsets is None:
-            return addresses
-        return list(map(add, addresses, self._offsets))
+        if addresses is None:
+            return False
+        self._launch.set_gradients(addresses if self._offsets is None else list(map(add, addresses, self._offsets)))
+        return True
 
-    def __call__(
-        self, addresses: list[int], momentum_weight: float | Tensor, second_weight: float | Tensor, options: dict
-    ) -> None:
-        on_device = isinstance(options["lr"], Tensor) or isinstance(options.get("damping"), Tensor)
-        if on_device or options != self._options:
-            checked = step_options(self._op, **options)
+    def takes(self, options: dict) -> bool:
+        return options.keys() == self._names
+
+    def __call__(self, numbers: StepNumbers, options: dict) -> None:
+        if options != self._options:
+            checked = step_options(self._op, lr=numbers.lr, damping=numbers.damping, **options)
             checked.check(self._op)
-            numbers = {name: value for name in ("lr", "damping") if isinstance(value := options.get(name), Tensor)}
-            checks.device_scalars(self._op, self._like[0], **numbers)
             self._launch.set_options(checked)
-            self._options = None if on_device else options
-        self._check_weight("momentum_weight", momentum_weight)
-        self._check_weight(_second_weight(self._op), second_weight)
-        self._launch(addresses, momentum_weight, second_weight)
+            self._options = options
+        self._check_rate("lr", numbers.lr)
+        self._check_rate("damping", numbers.damping)
+        self._check_weight("momentum_weight", numbers.momentum_weight)
+        self._check_weight(_second_weight(self._op), numbers.second_weight)
+        self._launch(*numbers)
+
+    def _check_rate(self, name: str, rate: float | Tensor) -> None:
+        if type(rate) is float and 0 <= rate < math.inf:
+            return
+        if isinstance(rate, Tensor):
+            checks.device_scalars(self._op, self._like[0], **{name: rate})
+        else:
+            checks.non_negative(self._op, **{name: checks.number(self._op, name, rate)})
 
     def _check_weight(self, name: str, weight: float | Tensor) -> None:
         if type(weight) is float and 0 < weight <= 1:

@@ -27,8 +27,8 @@ def tensors():
 def test_addresses_of_tensors_laid_out_alike(make):
     first, second = tensors(), tensors()
     made = make(first)
-    assert made.addresses(first) == [tensor.data_ptr() for tensor in first]
-    assert made.addresses(second) == [tensor.data_ptr() for tensor in second]
+    assert list(made.addresses(first)) == [tensor.data_ptr() for tensor in first]
+    assert list(made.addresses(second)) == [tensor.data_ptr() for tensor in second]
 
 
 @over_makers

@@ -342,6 +342,7 @@ CALLS = {
     "another option missing": (lambda o: {k: v for k, v in o.items() if k != "momentum"}, TypeError, "momentum"),
     "an unknown option": (lambda o: o | dict(rate=1.0), TypeError, "rate"),
     "lr": (lambda o: o | dict(lr=-1.0), ValueError, "lr"),
+    "lr infinite": (lambda o: o | dict(lr=float("inf")), ValueError, "lr"),
     "lr of integers": (lambda o: o | dict(lr=torch.tensor(1)), TypeError, "lr"),
     "lr of one dimension": (lambda o: o | dict(lr=torch.tensor([1.0])), ValueError, "lr"),
     "graft": (lambda o: o | dict(graft="sgd"), ValueError, "graft"),

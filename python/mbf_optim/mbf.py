@@ -13,7 +13,7 @@ from mbf_kernels import SymmetricBlocks, accumulate_
 
 from .layers import Layer, layers_of
 from .options import check_options, keep_device_scalars, with_numbers
-from .plan import Plan, gradients
+from .plan import Plan
 from .report import Report, Row
 from .schedule import capturing, intervals, on_host, refuse_capture
 
@@ -157,8 +157,7 @@ class MBF(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for index, group in enumerate(self.param_groups):
-            grads = gradients(group)
-            self._plan(index, group, grads).step(with_numbers(group), grads)
+            self._plan(index, group).step(with_numbers(group))
         return loss
 
     @torch.no_grad()
@@ -231,10 +230,10 @@ class MBF(Optimizer):
             self._known_params = params
         return zip(self.param_groups, self._known_layers, strict=True)
 
-    def _plan(self, index: int, group: dict, grads: list[Tensor | None]) -> Plan:
+    def _plan(self, index: int, group: dict) -> Plan:
         """How the group steps now."""
         plan = self._plans.get(index)
-        if plan is None or not plan.fits(group, grads, self.state):
+        if plan is None or not plan.fits(group, self.state):
             layers = list(self._layers())[index][1]
             for layer in layers:
                 if layer.has_grad():

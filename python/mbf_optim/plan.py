@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from operator import is_, itemgetter
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ class Plan:
     """The steps of those layers of a group that have gradients, while it stays those and their state what it is."""
 
     def __init__(self, group: dict, layers: list[Layer], states: dict):
-        self._layouts = _layouts(gradients(group))
         self._options = [group[name] for name in STRUCTURAL]
-        indices = {id(param): i for i, param in enumerate(group["params"])}
         stepping = [layer for layer in layers if layer.has_grad()]
         self._states = states
         self._clocks = _share(stepping, states, group)
@@ -32,76 +30,64 @@ class Plan:
         tasks = [
             task
             for layer in in_place
-            for task in tasks_of(
-                layer,
-                Tensors.of(layer.params, states),
-                [indices[id(param)] for param in layer.params],
-                states[layer.weight],
-            )
+            for task in tasks_of(layer, Tensors.of(layer.params, states), states[layer.weight])
         ]
         self._launches = launches_of(tasks, group)
+        launched = {id(param) for launch in self._launches for param in launch.params}
+        self._others = [param for param in group["params"] if id(param) not in launched]
+        self._layouts = _layouts_of_grads(self._others)
         params = [param for layer in stepping for param in layer.params]
         self._params, self._state_of_each = list(group["params"]), list(states.values())
-        self._written = [_Held(name, [states[p] for p in params if name in states[p]]) for name in WRITTEN]
+        self._entries = [(states[p], name, states[p][name]) for p in params for name in WRITTEN if name in states[p]]
 
-    def fits(self, group: dict, grads: Sequence[Tensor | None], states: dict) -> bool:
+    def fits(self, group: dict, states: dict) -> bool:
+        """Whether ``step`` does now what a new plan would; to be asked before each, but for the first."""
         return (
-            _layouts(grads) == self._layouts
-            and [group[name] for name in STRUCTURAL] == self._options
+            [group[name] for name in STRUCTURAL] == self._options
             and _are(group["params"], self._params)
             and _are(states.values(), self._state_of_each)
-            and all(held.is_current() for held in self._written)
+            and _are_held(self._entries)
+            and _layouts_of_grads(self._others) == self._layouts
+            and all([launch.aim() for launch in self._launches])
         )
 
-    def step(self, group: dict, grads: Sequence[Tensor | None]) -> None:
-        """``group``: with its numbers as steps use them; ``grads``: of its params."""
+    def step(self, group: dict) -> None:
+        """``group``: with its numbers as steps use them."""
         if group["capturable"]:
             advance_on_device([clock for clock, _ in self._clocks], group)
         else:
             for clock, update_interval in self._clocks:
                 clock.advance(group, update_interval)
         for launch in self._launches:
-            launch(grads, group)
+            launch(group)
         if self._copied:
             self._step_copies(group)
 
     def _step_copies(self, group: dict) -> None:
         copies = [Copies(layer, self._states) for layer in self._copied]
-        grads: list[Tensor] = []
-        tasks = []
-        for copy in copies:
-            tasks += copy.tasks(len(grads))
-            grads += copy.grads
-        for launch in launches_of(tasks, group):
-            launch(grads, group)
+        for launch in launches_of([task for copy in copies for task in copy.tasks], group):
+            launch(group)
         for copy in copies:
             copy.write_back()
 
 
-class _Held:
-    """One entry of many states, to notice that a user has put another tensor there, as when offloading."""
-
-    def __init__(self, name: str, states: list[dict]):
-        self._get, self._states = itemgetter(name), states
-        self._tensors = list(map(self._get, states))
-
-    def is_current(self) -> bool:
-        try:
-            return all(map(is_, map(self._get, self._states), self._tensors))
-        except KeyError:  # taken out
-            return False
-
-
-def gradients(group: dict) -> list[Tensor | None]:
-    return [param.grad for param in group["params"]]
-
-
-def _layouts(grads: Sequence[Tensor | None]) -> list[torch.layout | None]:
-    return [None if grad is None else grad.layout for grad in grads]
+def _layouts_of_grads(params: Iterable[Tensor]) -> list[torch.layout | None]:
+    return [None if param.grad is None else param.grad.layout for param in params]
 
 
 def _are(found: Collection, expected: Collection) -> bool:
     return len(found) == len(expected) and all(map(is_, found, expected))
+
+
+def _are_held(entries: list[tuple[dict, str, object]]) -> bool:
+    """Whether states hold them still: a user may have put others there, as when offloading."""
+    try:
+        for state, name, value in entries:  # a plain loop: the fastest way for many
+            if state[name] is not value:
+                return False
+    except KeyError:  # taken out
+        return False
+    return True
 
 
 def _share(layers: Sequence[Layer], states: dict, group: dict) -> list[tuple[HostClock | DeviceClock, int]]:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mbf_kernels import PreparedStep, SymmetricBlocks
+from mbf_kernels import PreparedStep, StepNumbers, SymmetricBlocks
 
 from .layers import Layer
 from .partition import Blocks
@@ -17,10 +17,17 @@ from .schedule import DeviceClock, HostClock, intervals
 
 View = Callable[[Tensor], Tensor]
 
+# What a group says of each op: its rates, and under the op's names its other options.
+_RATES = {"mbf_diagonal_step_": ("lr",), "mbf_shared_step_": ("lr", "damping"), "mbf_step_": ("lr", "damping")}
+_DIAGONAL = {n: n for n in ("momentum", "weight_decay", "diagonal_decay", "eps", "maximize", "graft")}
+_SHARED = _DIAGONAL | {n: n for n in ("decay", "nesterov")} | {"relative": "relative_damping"}
+_STEP = {name: of_group for name, of_group in _SHARED.items() if name != "diagonal_decay"}
+_OPTIONS = {"mbf_diagonal_step_": _DIAGONAL, "mbf_shared_step_": _SHARED, "mbf_step_": _STEP}
+
 
 @dataclass(slots=True)
 class Tensors:
-    """Of a weight and what joins it: the parameters, M and v, one tensor each or two."""
+    """Of a weight and what joins it: the parameters, which have the gradients, M and v, one tensor each or two."""
 
     params: tuple[Tensor, ...]
     momenta: tuple[Tensor, ...]
@@ -38,7 +45,6 @@ class Tensors:
 class Task:
     blocks: Blocks | None  # None: the diagonal step
     tensors: Tensors
-    grads: tuple[int, ...]  # which of the gradients that a launch is given
     views: tuple[View | None, ...]
     state: dict
 
@@ -60,17 +66,16 @@ class Task:
         return self.state[name]
 
 
-def tasks_of(layer: Layer, tensors: Tensors, grads: Sequence[int], state: dict) -> list[Task]:
+def tasks_of(layer: Layer, tensors: Tensors, state: dict) -> list[Task]:
     """The work on a layer whose ``tensors`` are its parameters, in place."""
     if not layer.blocks:
-        return [Task(None, tensors, tuple(grads), (None,), state)]
+        return [Task(None, tensors, (None,), state)]
     tasks = []
     for blocks in layer.blocks:
         parts = slice(2 if blocks.bias == "last" else 1)
         squares = tensors.squares[parts] if tensors.squares and blocks.shared else None
         chosen = Tensors(tensors.params[parts], tensors.momenta[parts], squares)
-        views = (partial(layer.view, blocks), None)[parts]
-        tasks.append(Task(blocks, chosen, tuple(grads[parts]), views, state))
+        tasks.append(Task(blocks, chosen, (partial(layer.view, blocks), None)[parts], state))
     return tasks
 
 
@@ -80,7 +85,8 @@ class Launch:
     def __init__(self, tasks: list[Task], clock: HostClock | DeviceClock, group: dict):
         first = tasks[0]
         self._op, self._clock = first.op, clock
-        self._grads = [index for task in tasks for index in task.grads]
+        self.params = [param for task in tasks for param in task.tensors.params]
+        self._aimed = False
         self._intervals = intervals(first.blocks, group) if first.blocks else (1, 1)
         tensors = [task.tensors for task in tasks]
         matrices = {}
@@ -101,22 +107,27 @@ class Launch:
             **matrices,
         )
 
-    def __call__(self, grads: Sequence[Tensor], group: dict) -> None:
+    def aim(self) -> bool:
+        """Prepares a step on the gradients as they are now. False where one is missing or not dense."""
+        grads = self._grads()
+        self._aimed = self._step.aim(grads)
+        return self._aimed or all(grad is not None and grad.layout == torch.strided for grad in grads)
+
+    def __call__(self, group: dict) -> None:
         momentum_weight, square_weight, fisher_weight = self._clock.weights(group)
-        options = {name: group[name] for name in ("lr", "momentum", "weight_decay", "eps", "maximize", "graft")}
-        if self._op != "mbf_step_":
-            options["diagonal_decay"] = group["diagonal_decay"]
+        second_weight = fisher_weight if self._op == "mbf_step_" else square_weight
+        options = {name: group[of_group] for name, of_group in _OPTIONS[self._op].items()}
         if self._op != "mbf_diagonal_step_":
-            options |= {name: group[name] for name in ("decay", "damping", "nesterov")}
-            options["relative"] = group["relative_damping"]
             options["update"], options["refactor"] = self._due()
-        self._step(
-            [grads[i] for i in self._grads],
-            momentum_weight=momentum_weight,
-            second_weight=fisher_weight if self._op == "mbf_step_" else square_weight,
-            **options,
-        )
+        if self._aimed:
+            self._step.launch(StepNumbers(momentum_weight, second_weight, group["lr"], group["damping"]), options)
+        else:
+            rates = {name: group[name] for name in _RATES[self._op]}
+            self._step(self._grads(), momentum_weight=momentum_weight, second_weight=second_weight, **rates, **options)
         self._without_factor = False
+
+    def _grads(self) -> list[Tensor | None]:
+        return [param.grad for param in self.params]
 
     def _due(self) -> tuple[bool, bool]:
         """Whether F is to be updated, and whether it is to be factored."""
@@ -147,18 +158,11 @@ class Copies:
     def __init__(self, layer: Layer, states: dict):
         self._layer = layer
         self._real = Tensors.of(layer.params, states)
-        self._state = states[layer.weight]
+        self._copy = Tensors(*(self._copies(tensors) for tensors in self._groups(self._real)))
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in layer.params]
-        if layer.joined:
-            self.grads = [_joined(grads)]
-            squares = None if self._real.squares is None else (_joined(self._real.squares),)
-            self._copy = Tensors((_joined(self._real.params),), (_joined(self._real.momenta),), squares)
-        else:
-            self.grads = grads
-            self._copy = Tensors(*(self._stand_in(tensors) for tensors in self._groups(self._real)))
-
-    def tasks(self, first_grad: int) -> list[Task]:
-        return tasks_of(self._layer, self._copy, range(first_grad, first_grad + len(self.grads)), self._state)
+        for copy, grad in zip(self._copy.params, [_joined(grads)] if layer.joined else grads, strict=True):
+            copy.grad = grad
+        self.tasks = tasks_of(layer, self._copy, states[layer.weight])
 
     def write_back(self) -> None:
         for real, copy in zip(self._groups(self._real), self._groups(self._copy), strict=True):
@@ -173,9 +177,11 @@ class Copies:
     def _groups(tensors: Tensors) -> tuple:
         return tensors.params, tensors.momenta, tensors.squares
 
-    def _stand_in(self, tensors: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+    def _copies(self, tensors: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
         if tensors is None:
             return None
+        if self._layer.joined:
+            return (_joined(tensors),)
         with_grads = zip(tensors, self._layer.params, strict=True)
         return tuple(tensor if param.grad is not None else tensor.clone() for tensor, param in with_grads)
 
