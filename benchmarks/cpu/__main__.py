@@ -12,11 +12,11 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's and SciPy's: on small matrices threads wait for each other
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts memory here, and has nothing to say
 
-from benchmarks.cpu import curves, kernels, report, results, roofs, steps  # noqa: E402
+from benchmarks.cpu import curves, host, kernels, report, results, roofs, steps  # noqa: E402
 from benchmarks.cpu.environment import describe  # noqa: E402
 from benchmarks.cpu.plan import PLANS  # noqa: E402
 
-PARTS = (roofs, kernels, curves, steps)
+PARTS = (roofs, kernels, curves, steps, host)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +44,8 @@ def folder_name(processor: str, plan: str) -> str:
 
 def line(row: dict) -> str:
     facts = [
-        row.get(name) for name in ("part", "what", "op", "n", "count", "dtype", "layout", "threads", "by", "label")
+        row.get(name)
+        for name in ("part", "what", "op", "n", "count", "dtype", "layout", "threads", "by", "label", "work")
     ]
     measured = f"{row['median_us']:12.1f} us" if "median_us" in row else f"absent: {row['absent']}"
     return f"{' '.join(str(fact) for fact in facts if fact is not None):95} {measured}"

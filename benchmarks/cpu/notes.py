@@ -21,6 +21,8 @@ NOTES = (
     "takes 2-D tensors only, and AdamW the rest. pytorch_optimizer's ScalableShampoo and SOAP refresh every 10th step "
     "(Shampoo's default of 1000 would hide its worst step), heavyball's every 2nd, its default. heavyball runs "
     "uncompiled: on a CPU its compilation takes minutes for a small network and fails for some of its optimizers.",
+    "Python and dispatch: the time of MBF's step with its native launches replaced by nothing; beside it whole steps "
+    "of all on as many tensors of one element each, where next to nothing is left to compute.",
     "Memory: steady is every storage that the optimizer's state holds; peak is the most that its first steps, "
     "rare work included, hold at once through torch's CPU allocator, state included. Scratch that native code takes "
     "elsewhere is not seen: our kernels' is one buffer a thread, less than a megabyte; LAPACK's is not known.",

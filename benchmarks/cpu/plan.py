@@ -40,6 +40,7 @@ class Plan:
     curve_bytes: int  # of the blocks, at most
     all_sizes: tuple[int, ...]  # n of the curve against n
     cases: dict[str, Case]
+    many: str  # the case whose tensors show the host's share of a step
     seconds: float  # per contestant
     patience: float  # seconds that an optimizer's rare work may take before it is left out
     cubes: float  # sum of the cubes of its matrices' sizes up to which a library's Shampoo or SOAP is tried
@@ -81,6 +82,7 @@ FULL = Plan(
         "autoencoder FACES": Case(autoencoder(625, 2000, 1000, 500, 30)),
         "autoencoder CURVES": Case(autoencoder(784, 400, 200, 100, 50, 25, 6)),
     },
+    many="ResNet-50",
     seconds=0.25,
     patience=60,
     cubes=2e10,
@@ -106,6 +108,7 @@ FAST = Plan(
         LINEAR: Case(matrices(transformer(256, 2)), libraries=False),
         "autoencoder CURVES": Case(autoencoder(784, 400, 200, 100, 50, 25, 6)),
     },
+    many="ResNet-32 (CIFAR)",
     seconds=0.03,
     patience=2,
     cubes=1e7,
@@ -127,6 +130,7 @@ REHEARSAL = Plan(
         LINEAR: Case(matrices(transformer(8, 1))),
         "autoencoder": Case(autoencoder(150, 4)),  # a row of more than 128 inputs: refreshed every 100 steps
     },
+    many=CONVOLUTIONS,
     seconds=0.002,
     patience=10,
     cubes=1e7,

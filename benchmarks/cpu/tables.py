@@ -23,6 +23,7 @@ def tables(rows: list[dict]) -> dict[str, Table]:
         "ops": ops(rows),
         "steps": steps(rows),
         "memory": memory(rows),
+        "host": host(rows),
         "absent": absent(rows),
     }
 
@@ -118,6 +119,14 @@ def memory(rows: list[dict]) -> Table:
     ]
     columns = ("tensors of", "optimizer", "steady, bytes per parameter", "peak in a step")
     return Table("Memory of the optimizer, beside weights and gradients", columns, cells)
+
+
+def host(rows: list[dict]) -> Table:
+    cells = [
+        (f"{row['tensors']} of {row['what']}", row["work"], row["label"], *times(row))
+        for row in timed(rows, part="host")
+    ]
+    return Table("Python and dispatch", ("tensors", "work", "optimizer", "step", "p20", "p80"), cells)
 
 
 def absent(rows: list[dict]) -> Table:
