@@ -89,7 +89,7 @@ private:
         for (size_t i = 0; i < expected_.size(); ++i) {
             const dlpack::Tensor& expected = expected_[i];
             dlpack::Tensor found;
-            if (!is_described(tensors[i], found)) {
+            if (!is_described(PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)), found)) {
                 PyErr_Clear();
                 return false;
             }

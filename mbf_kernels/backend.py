@@ -50,10 +50,15 @@ def _require(name: str) -> None:
         raise RuntimeError(f"use_backend: {name!r} is not available: {status[name]}")
 
 
+def asked_for() -> str | None:
+    """The backend that ``use_backend`` or the environment names, which may be no backend's name."""
+    return _forced.get() or os.environ.get("MBF_BACKEND") or None
+
+
 def choose(op: str, device: torch.device, size: int) -> Any:
     """What runs ``op`` on blocks of ``size``: the five functions of ``reference``. Blocks above 128 always go to the
     reference."""
-    name = _forced.get() or os.environ.get("MBF_BACKEND")
+    name = asked_for()
     if name:
         _require(name)
         _require_device(op, name, device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backend import choose
+from .backend import asked_for, choose
 from .blocks import SymmetricBlocks
 from .memory import memory_of
 from .options import step_options
@@ -90,7 +90,7 @@ class PreparedStep:
 
     def aim(self, grads: list[Tensor]) -> bool:
         """Points the kept launch at gradients; False where they, or what is written, ask for the op itself."""
-        if self._kept is None or not self._kept.aim(self._backend(), grads, self._written):
+        if self._kept is None or not self._kept.aim(grads, self._written):
             return False
         if torch.is_grad_enabled():
             checks.no_grad(self._op, *self._written, *grads)
@@ -100,9 +100,6 @@ class PreparedStep:
         """The step, once ``aim`` has said True. ``options``: the others, by the names of the first call."""
         self._kept(numbers, options)
         torch.autograd.graph.increment_version(self._params)
-
-    def _backend(self) -> Any:
-        return choose(self._op, self._params[0].device, self._size)
 
     def _run(
         self, grads: Sequence[Tensor], momentum_weight: float | Tensor, second_weight: float | Tensor, options: dict
@@ -140,13 +137,12 @@ class _Kept:
         self,
         op: str,
         launch: Any,
-        backend: Any,
         written: list[Tensor],
         grads: list[Tensor],
         offsets: list[int],  # from the address of a gradient to that of its view
         names: set[str],  # of the options
     ):
-        self._op, self._launch, self._backend = op, launch, backend
+        self._op, self._launch, self._asked_for = op, launch, asked_for()
         self._written, self._grads = memory_of(written), memory_of(grads)
         self._names, self._like = names, written[:1]
         self._offsets = offsets if any(offsets) else None
@@ -155,8 +151,7 @@ class _Kept:
     @classmethod
     def of(cls, step: PreparedStep, grads: list[Tensor], options: dict) -> _Kept | None:
         """None where the backend has no launch to keep."""
-        backend = step._backend()
-        prepare = getattr(backend, _PREPARE[step._op], None)
+        prepare = getattr(choose(step._op, step._params[0].device, step._size), _PREPARE[step._op], None)
         if prepare is None:
             return None
         arguments = step._arguments(grads)
@@ -171,11 +166,11 @@ class _Kept:
             return None
         views = [part for parts in entries["grads"] for part in parts]
         offsets = [view.data_ptr() - grad.data_ptr() for view, grad in zip(views, grads, strict=True)]
-        return cls(step._op, launch, backend, step._written, grads, offsets, set(options))
+        return cls(step._op, launch, step._written, grads, offsets, set(options))
 
-    def aim(self, backend: Any, grads: list[Tensor], written: list[Tensor]) -> bool:
+    def aim(self, grads: list[Tensor], written: list[Tensor]) -> bool:
         """Whether all is where it was and laid out as it was, but for the gradients' place, which the launch takes."""
-        if backend is not self._backend or not self._written.holds(written):
+        if asked_for() != self._asked_for or not self._written.holds(written):
             return False
         addresses = self._grads.addresses(grads)
         if addresses is None:

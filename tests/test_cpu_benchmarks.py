@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import methods, peers, timing  # noqa: E402
 from benchmarks.cpu import __main__ as command_line  # noqa: E402
-from benchmarks.cpu import goals, kernels, plan, publish, report, results, steps, tables  # noqa: E402
+from benchmarks.cpu import goals, host, kernels, plan, publish, report, results, steps, tables  # noqa: E402
 from benchmarks.cpu.knees import knees  # noqa: E402
 from benchmarks.memory import state_bytes, with_peak_bytes  # noqa: E402
 from benchmarks.ops import OPS  # noqa: E402
@@ -47,7 +47,10 @@ def test_everything_is_measured(rehearsed):
     assert stepped >= {
         (what, method) for what in plan.REHEARSAL.cases for method in ("sgd", "adam", "mbf", "mbf-paper")
     }
-    assert {row["part"] for row in measured} == {"roofs", "kernels", "against count", "against size", "steps"}
+    hosts = {(row["work"], row["method"]) for row in measured if row["part"] == "host"}
+    assert hosts >= {(host.WITHOUT_KERNELS, "mbf"), *((host.TINY, method) for method in ("sgd", "adam", "mbf"))}
+    parts = {"roofs", "kernels", "against count", "against size", "steps", "host"}
+    assert {row["part"] for row in measured} == parts
 
 
 def test_rare_work_is_measured_over_whole_periods(rehearsed):
@@ -205,6 +208,15 @@ def some_results(**facts):
             for method in ("adam", "mbf")
         ),
         {"part": "steps", "what": plan.LINEAR, "method": "muon", "label": "Muon", "absent": "no such thing"},
+        {
+            "part": "host",
+            "what": "ResNet-50",
+            "tensors": 161,
+            "work": host.WITHOUT_KERNELS,
+            "method": "mbf",
+            "label": "MBF (grafted)",
+            **times,
+        },
     ]
     here = {
         "processor": "A processor", "threads": 2, "cores": 4, "load": 0.0, "isa": "avx2", "caches": {"L1": 32768},
@@ -220,7 +232,8 @@ def test_report_and_pages_say_what_was_measured_and_what_was_missed():
     assert "A processor, 2 of 4 cores" in html and "no such thing" in html
     assert f"| {peers.CHOLESKY} / fused op, n = 9 | >= 50 | 1 | no |" in page and "Missed:" in page
     assert f"MBF (grafted) / Adam, {plan.CONVOLUTIONS} | <= 2.6 | 1 | yes" in page
-    assert "1 of 2 goals are met" in figures and "| 10.0 us | 10.0 us, 1.00 x | - | - |" in figures
+    assert "| <= 100 us | 10.0 us | yes |" in page and "| 161 of ResNet-50 | kernels left out | MBF (grafted) |" in page
+    assert "2 of 3 goals are met" in figures and "| 10.0 us | 10.0 us, 1.00 x | - | - |" in figures
 
 
 def test_figures_from_a_busy_machine_say_so():
