@@ -418,3 +418,34 @@ def test_a_step_does_not_depend_on_the_scale_of_the_loss(backend, device, dtype)
         first = problem.params[0] if first is None else first
         # n = 9, condition <= (sum of eigenvalues + mean) / mean = n + 1
         assert_relative(problem.params[0], first, 2 * RATIO * 9 * 10 * torch.finfo(dtype).eps)
+
+
+@over_dtypes
+@pytest.mark.parametrize("graft", [None, "adam"])
+def test_a_direction_may_be_of_any_length(backend, device, dtype, graft):
+    """F scaled by 2^k, and without grafting the rate too: the same weights, also where |P|^2 is out of range."""
+    first = None
+    for power in (0, -100, 100):
+        problem = Problem([(7, 2)], 9, dtype, device)
+        problem.fishers = [SymmetricBlocks.from_dense(problem.f[0] * 2.0**power)]
+        (info,) = problem.step(
+            lr=0.1 * (1 if graft else 2.0**power), graft=graft, relative=True, update=False, weight_decay=0.0
+        )
+        assert not info.any()
+        first = problem.params[0] if first is None else first
+        assert_relative(problem.params[0], first, 2 * RATIO * 9 * 10 * torch.finfo(dtype).eps)
+
+
+@over_dtypes
+def test_a_rate_that_overflows_moves_nothing(backend, device, dtype):
+    """|u| is finite, but not the rate that makes a step of its length."""
+    problem = Problem([(7, 2)], 9, dtype, device)
+    problem.squares[0].zero_()
+    problem.grads[0].zero_()
+    before = [t[0].clone() for t in (problem.params, problem.momenta, problem.squares)]
+    skipped = torch.zeros((), dtype=torch.int64, device=device)
+    largest = torch.finfo(dtype).max
+    problem.step(graft="adam", eps=largest**-0.45, lr=largest**0.95, skipped=[skipped])
+    for tensors, old in zip((problem.params, problem.momenta, problem.squares), before, strict=True):
+        assert_bitwise(tensors[0], old)
+    assert skipped == 14

@@ -281,22 +281,26 @@ private:
         for (int t = 0; t < (kTileRows - active) * end; t += W) store(new_d + t, V{});
     }
 
-    // alpha, or alpha |u| / |P| when grafted; NaN for a bad mini-block. Returns how many those are.
+    // alpha, or alpha |u| / |P| when grafted, for P as it is left: in units of its largest element where its length
+    // is too small or too large to be squared. NaN for a bad mini-block. Returns how many those are.
     int find_rates(int active, const S* adam, S* rate) const {
         int bad = 0;
         for (int r = 0; r < active; ++r) {
-            const S* step = p + r * ld;
-            S unit = 1, length = squared_length(step, unit);
+            S* step = p + r * ld;
+            S unit = 1, length = squared_length(step);
             if (!(length > kSmall && length < 1 / kSmall)) {
                 unit = 1 / peak(step);
-                length = squared_length(step, unit);
+                scale(step, unit);
+                length = squared_length(step);
             }
             rate[r] = q.lr.value;
             if (q.graft) {
-                const S ratio = length > 0 ? unit * square_root(adam[r] / length) : 0;
+                const S ratio = length > 0 ? square_root(adam[r] / length) : 0;
                 rate[r] *= S((1 - q.momentum) / problem.momentum_weight) * ratio;
+            } else {
+                rate[r] /= unit;
             }
-            rate[r] += (adam[r] - adam[r]) + (length - length);
+            rate[r] += (rate[r] - rate[r]) + (adam[r] - adam[r]) + (length - length);
             bad += rate[r] != rate[r];
         }
         return bad;
@@ -322,14 +326,17 @@ private:
         }
     }
 
-    // |unit P|^2
-    MBF_FN S squared_length(const S* step, S unit) const {
+    MBF_FN S squared_length(const S* step) const {
         V length{};
         for (int k = 0, end = ld; k < end; k += W) {
-            const V x = unit * load<V>(step + k);
+            const V x = load<V>(step + k);
             length = length + x * x;
         }
         return sum(length);
+    }
+
+    MBF_SHARED void scale(S* step, S factor) const {
+        for (int k = 0; k < n; ++k) step[k] *= factor;
     }
 
     // The largest magnitude in P, at least one that has a quotient. A NaN shows in the length.
