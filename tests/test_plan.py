@@ -312,6 +312,47 @@ def test_grafting_changes_between_steps():
     assert_twins(net, forgetful)
 
 
+@pytest.mark.parametrize(
+    "blocks",
+    [dict(blocks="segment"), dict(blocks="row"), dict(blocks="column"), dict(blocks="grid", grid=(2, 2))],
+    ids=str,
+)
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_second_moment_that_comes_late_starts_from_the_matrices(blocks, capturable):
+    """v = (1 - beta_2^t) diag(F) / (1 - beta^t), each mini-block's from the matrix that it shares."""
+    weight, bias = (nn.Parameter(randn(*shape, seed=i)) for i, shape in enumerate([(6, 7), (6,)]))
+    net = MBF(
+        [("x.weight", weight), ("x.bias", bias)], average=True, graft=None, capturable=capturable, **OPTIONS | blocks
+    )
+    grads = []
+    for t in range(4):
+        if t == 3:
+            net.param_groups[0]["graft"] = "adam"
+        weight.grad, bias.grad = randn(6, 7, seed=10 + t), randn(6, seed=20 + t)
+        grads.append(torch.cat([weight.grad, bias.grad[:, None]], 1).double())
+        net.step()
+    mean = sum(0.98 ** (2 - t) * 0.02 * shared_mean(grads[t].square(), blocks) for t in range(3)) / (1 - 0.98**3)
+    beta = 0.999
+    expected = beta * (1 - beta**3) * mean + (1 - beta) * grads[3].square()
+    actual = torch.cat([net.state[weight]["second_moment"], net.state[bias]["second_moment"][:, None]], 1)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
+
+
+def shared_mean(squares, blocks):
+    """Of [6, 8]: each element's mean over the mini-blocks that share its matrix, by brute force."""
+    places = {"segment": lambda i, j: j, "row": lambda i, j: j, "column": lambda i, j: i}
+    place = places.get(blocks["blocks"], lambda i, j: (i % 3, j % 4))
+    groups = collections.defaultdict(list)
+    for i in range(6):
+        for j in range(8):
+            groups[place(i, j)].append((i, j))
+    mean = torch.empty_like(squares)
+    for members in groups.values():
+        rows, columns = zip(*members, strict=True)
+        mean[rows, columns] = squares[rows, columns].mean()
+    return mean
+
+
 def added_a_group(net):
     net.optimizer.add_param_group(dict(params=[("new", nn.Parameter(torch.ones(2)))]))
     return net

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,6 +52,18 @@ class Layer:
             return self.view(blocks, weight).reshape(blocks.sharing, blocks.count, blocks.size)
         elements = self.view(blocks, weight).reshape(blocks.sharing, 1, blocks.size - 1)
         return torch.cat([elements, bias[:, None, None]], 2)
+
+    def spread(self, of_matrices: Sequence[Tensor]) -> list[Tensor]:
+        """Of the shapes of the parameters: to each mini-block that shares a matrix its [R, n], for all ``blocks``."""
+        weight, *bias = map(torch.empty_like, self.params)
+        to = torch.cat([weight, bias[0][:, None]], 1) if self.joined else weight
+        for blocks, rows in zip(self.blocks, of_matrices, strict=True):
+            if blocks.bias == "last":
+                rows, last = rows[:, :-1], rows[:, -1]
+                bias[0].copy_(last)
+            view = self.view(blocks, to)
+            view.copy_(rows.expand(blocks.sharing, *rows.shape).reshape(view.shape))
+        return [to[:, :-1].clone(), to[:, -1].clone()] if self.joined else [to, *bias]
 
     def has_grad(self) -> bool:
         """Whether any parameter has a gradient. Raises TypeError for one that is sparse."""

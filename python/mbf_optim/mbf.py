@@ -258,8 +258,7 @@ class MBF(Optimizer):
                 )
         if _needs_squares(layer, group) and "second_moment" not in state:
             refuse_capture("the first grafted step of a layer (it allocates state)")
-            for param in layer.params:
-                square = torch.zeros_like(param, memory_format=torch.preserve_format)
+            for param, square in zip(layer.params, _second_moments(layer, state, group), strict=True):
                 self.state[param]["second_moment"] = square
         return state
 
@@ -302,6 +301,15 @@ class MBF(Optimizer):
 def _needs_squares(layer: Layer, group: dict) -> bool:
     """Whether the layer keeps element-wise second moments."""
     return not layer.blocks or (layer.shared and group["graft"] is not None)
+
+
+def _second_moments(layer: Layer, state: dict, group: dict) -> list[Tensor]:
+    """Zeros, or where matrices have been averaged without them what F knows: as if they had been averaged as well."""
+    numbers = on_host(state)
+    if not (layer.blocks and numbers["step"]):
+        return [torch.zeros_like(param, memory_format=torch.preserve_format) for param in layer.params]
+    weight = (1 - group["diagonal_decay"] ** numbers["step"]) / (numbers["fisher_weight"] or 1.0)
+    return layer.spread([weight * state["fisher" + blocks.suffix].diagonal() for blocks in layer.blocks])
 
 
 def _portable(value: object) -> object:
