@@ -391,14 +391,15 @@ def test_state_keeps_its_blocks_when_grafting_changes(happens, grafts, drop):
 
 
 @pytest.mark.parametrize("change", [dict(blocks="column"), dict(segment=3), dict(blocks="diagonal")])
-def test_other_blocks_for_a_state_are_refused(change):
+@pytest.mark.parametrize("happens", [lambda net: net, copy.deepcopy])
+def test_other_blocks_for_a_state_are_refused(change, happens):
     """Before anything moves, and only as long as the options ask for them."""
     net, plain = Net(), Net()
     for n in (net, plain):
         n.step()
     before = {name: net.optimizer.param_groups[0][name] for name in change}
     net.optimizer.param_groups[0].update(change)
-    net = copy.deepcopy(net)
+    net = happens(net)
     net.load()
     for call in (net.optimizer.step, net.optimizer.report, lambda: added_a_group(net), net.optimizer.step):
         with pytest.raises(ValueError, match="^MBF: expected blocks, segment, grid and average .*weight"):

@@ -14,6 +14,8 @@ from mbf_kernels import SymmetricBlocks
 from .partition import Blocks, joins_bias, partition
 from .schedule import intervals
 
+PARTITION = ("blocks", "segment", "grid", "average")  # the options that decide what a tensor's mini-blocks are
+
 
 @dataclass(frozen=True)
 class Layer:

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from mbf_kernels import SymmetricBlocks, accumulate_
 
-from .layers import Layer, layers_of
+from .layers import PARTITION, Layer, layers_of
 from .options import check_options, keep_device_scalars, with_numbers
 from .plan import Plan
 from .report import Report, Row
@@ -215,19 +215,21 @@ class MBF(Optimizer):
 
     def _forget(self) -> None:
         """What is derived from parameters and state: made again when it is needed."""
-        self._known_params: list[list[int]] | None = None
+        self._made_of: list[tuple] | None = None
         self._known_layers: list[list[Layer]] = []
         self._plans: dict[int, Plan] = {}
 
     def _layers(self) -> Iterator[tuple[dict, list[Layer]]]:
-        params = [list(map(id, group["params"])) for group in self.param_groups]
-        if self._known_params != params:
+        made_of = [
+            (list(map(id, group["params"])), *(group[name] for name in PARTITION)) for group in self.param_groups
+        ]
+        if self._made_of != made_of:
             self._forget()
             first = 0
             for group in self.param_groups:
                 self._known_layers.append(layers_of(group, first, self.state))
                 first += len(group["params"])
-            self._known_params = params
+            self._made_of = made_of
         return zip(self.param_groups, self._known_layers, strict=True)
 
     def _plan(self, index: int, group: dict) -> Plan:

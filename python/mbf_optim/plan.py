@@ -8,12 +8,12 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from .layers import Layer
+from .layers import PARTITION, Layer
 from .schedule import DeviceClock, HostClock, advance_on_device, intervals, share_clocks
 from .tasks import Copies, Tensors, launches_of, tasks_of
 
 # Options that decide what is launched together; the others are read at every step.
-STRUCTURAL = ("capturable", "update_interval", "factor_interval", "graft")
+STRUCTURAL = (*PARTITION, "capturable", "update_interval", "factor_interval", "graft")
 WRITTEN = ("momentum", "second_moment", "fisher", "fisher_tail")  # entries of a state that launches write
 
 
