@@ -1,0 +1,128 @@
+"""Linear and convolutional layers as what they are to their curvature: W abar, once for every location and group.
+
+abar is a sample's input at one location (an im2col patch), with a 1 appended where there is a bias; g the gradient of
+the sample's loss with respect to the output there. [W | b] is the matrix, its bias the last column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .capture import Use
+
+
+class Rows(NamedTuple):
+    """m samples at T locations each, in ``groups`` groups. Samples with fewer locations have rows of zeros."""
+
+    inputs: Tensor  # abar, [m, T, groups, p]
+    gradients: Tensor  # g, [m, T, groups, q]
+    locations: float  # T, on average
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """A Linear, Conv1d or Conv2d. ``bias``: None also where it is frozen."""
+
+    name: str
+    module: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def params(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    @property
+    def groups(self) -> int:
+        return getattr(self.module, "groups", 1)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """groups, q, p."""
+        outputs = self.weight.shape[0] // self.groups
+        return self.groups, outputs, self.weight[0].numel() + (self.bias is not None)
+
+    def joined(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[groups, q, p] of tensors of the shapes of the parameters."""
+        matrix = weight.reshape(self.groups, -1, self.weight[0].numel())
+        return matrix if bias is None else torch.cat([matrix, bias.view(self.groups, -1, 1)], 2)
+
+    def split(self, matrix: Tensor) -> list[Tensor]:
+        """The reverse: of the shapes of the parameters."""
+        if self.bias is None:
+            return [matrix.reshape(self.weight.shape)]
+        return [matrix[..., :-1].reshape(self.weight.shape), matrix[..., -1].reshape(self.bias.shape)]
+
+    def rows(self, uses: Sequence[Use], mean_loss: bool) -> Rows:
+        """Of all uses. Uses of one forward pass are locations of the same samples, passes have samples of their own.
+
+        ``mean_loss``: the loss was averaged over all samples, so that a sample's own gradient is that many times what
+        autograd gave; otherwise it was a sum.
+        """
+        passes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        for use in uses:
+            inputs, gradients = self._patches(use.inputs), self._outputs(use.gradients)
+            passes.setdefault((use.forward_pass, len(inputs)), []).append((inputs, gradients))
+        parts = [tuple(torch.cat(tensors, 1) for tensors in zip(*alike, strict=True)) for alike in passes.values()]
+        samples = sum(len(inputs) for inputs, _ in parts)
+        locations = sum(inputs.shape[0] * inputs.shape[1] for inputs, _ in parts) / samples
+        inputs, gradients = (_stacked(tensors) for tensors in zip(*parts, strict=True))
+        return Rows(inputs, gradients * samples if mean_loss else gradients, locations)
+
+    def _patches(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.to(self.weight.dtype)
+        if isinstance(self.module, nn.Linear):
+            samples = inputs.shape[0] if inputs.ndim > 1 else 1
+            patches = inputs.reshape(samples, -1, 1, inputs.shape[-1])
+        else:
+            patches = self._unfolded(inputs)
+        return patches if self.bias is None else functional.pad(patches, (0, 1), value=1.0)
+
+    def _unfolded(self, inputs: Tensor) -> Tensor:
+        module, dimensions = self.module, self.weight.ndim - 2
+        if inputs.ndim == dimensions + 1:
+            inputs = inputs[None]
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        padded = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+        kernel, stride, dilation = (tuple(t) for t in (module.kernel_size, module.stride, module.dilation))
+        if dimensions == 1:
+            padded, kernel, stride, dilation = padded[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
+        columns = functional.unfold(padded, kernel, dilation=dilation, stride=stride)
+        return columns.unflatten(1, (self.groups, -1)).permute(0, 3, 1, 2)
+
+    def _outputs(self, gradients: Tensor) -> Tensor:
+        gradients = gradients.to(self.weight.dtype)
+        if isinstance(self.module, nn.Linear):
+            samples = gradients.shape[0] if gradients.ndim > 1 else 1
+            return gradients.reshape(samples, -1, 1, gradients.shape[-1])
+        if gradients.ndim == self.weight.ndim - 1:
+            gradients = gradients[None]
+        return gradients.flatten(2).unflatten(1, (self.groups, -1)).permute(0, 3, 1, 2)
+
+
+def affine_layers(model: nn.Module) -> list[Affine]:
+    """Those whose weight and bias no other module holds: the inputs of the other would not be known."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+            bias = module.bias if module.bias is not None and module.bias.requires_grad else None
+            layer = Affine(name, module, module.weight, bias)
+            if all(owners[id(parameter)] == 1 for parameter in layer.params):
+                layers.append(layer)
+    return layers
+
+
+def _stacked(tensors: Iterable[Tensor]) -> Tensor:
+    tensors = list(tensors)
+    most = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([functional.pad(t, (0, 0, 0, 0, 0, most - t.shape[1])) for t in tensors])

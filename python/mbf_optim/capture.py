@@ -1,0 +1,94 @@
+"""What layers see in a training step: their inputs, and the gradients that come back to their outputs.
+
+Hooks on a model's modules keep both until they are read. A module that is used twice in a forward pass, and the passes
+of an accumulated gradient, are kept apart.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a module whose output got a gradient."""
+
+    forward_pass: int  # of the model, counted
+    inputs: Tensor  # as the module got them, detached
+    gradients: Tensor  # of the loss, of the output's shape
+
+
+class Capture:
+    """The uses of some modules of a model, since they were last cleared.
+
+    Recorded are calls in training mode with autograd on, once their output's gradient is known: under non-reentrant
+    checkpointing that is the first call, not the one that recomputes. What follows in place does not matter.
+    """
+
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]):
+        self.active = True  # whether calls are looked at
+        self.recording = True  # whether gradients are kept
+        self._forward_pass = 0
+        self._uses: dict[nn.Module, list[Use]] = {module: [] for module in modules}
+        hook(self, model.register_forward_pre_hook, self._begin_pass)
+        for module in self._uses:
+            hook(self, partial(module.register_forward_hook, with_kwargs=True), self._see)
+
+    def uses(self, module: nn.Module) -> list[Use]:
+        return self._uses[module]
+
+    def clear(self) -> None:
+        for uses in self._uses.values():
+            uses.clear()
+
+    @contextmanager
+    def only(self, recording: bool) -> Iterator[None]:
+        """Inside, gradients are kept or not."""
+        before, self.recording = self.recording, recording
+        try:
+            yield
+        finally:
+            self.recording = before
+
+    def _begin_pass(self, module: nn.Module, args: tuple) -> None:
+        self._forward_pass += 1
+
+    def _see(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        trains = module.training and any(param.requires_grad for param in module.parameters(recurse=False))
+        if not (self.active and trains and torch.is_grad_enabled()):
+            return
+        inputs, forward_pass = (args[0] if args else kwargs["input"]).detach(), self._forward_pass
+
+        def keep(gradients: Tensor) -> None:
+            if self.recording:
+                self._uses[module].append(Use(forward_pass, inputs, gradients.detach()))
+
+        output.register_hook(keep)
+
+
+def hook(owner: object, register: Callable, method: Callable) -> None:
+    """Registers a method of the owner with a module, for as long as the owner lives."""
+    weakref.finalize(owner, register(_Hook(method)).remove)
+
+
+class _Hook:
+    """A module's hook that keeps the object of its method from nothing: neither from being collected, nor the module
+    from being copied and pickled. A copy does nothing."""
+
+    def __init__(self, method: Callable | None = None):
+        self._method = None if method is None else weakref.WeakMethod(method)
+
+    def __call__(self, *args) -> None:
+        method = self._method and self._method()
+        if method is not None:
+            method(*args)
+
+    def __reduce__(self) -> tuple:
+        return _Hook, ()

@@ -1,0 +1,135 @@
+"""K-FAC: Martens & Grosse 2015; for convolutions KFC, Grosse & Martens 2016."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .affine import Affine, Rows
+from .kronecker import damped, factors, inverses, split_damping
+from .layerwise import LayerwiseOptimizer, check_range, number
+from .sampling import Residual
+
+FORMS = ("factored", "unbalanced", "exact")
+FACTORS = ("A", "G")
+
+
+class KFAC(LayerwiseOptimizer):
+    """Kronecker-factored approximate curvature, layer by layer. For W [q, p] with the bias as last column::
+
+        A   <- e A + (1 - e) (1/m) sum_n sum_t a a^T         a: the input with a 1 appended, at every location t
+        G   <- e G + (1 - e) (1/(m T)) sum_n sum_t g g^T     g: the gradient of the output, of a sample alone
+        U   = (G + sqrt(lambda) / pi I)^-1 grad (A + pi sqrt(lambda) I)^-1
+        D   <- momentum D + nu U + weight_decay W
+        W   <- W - lr D
+
+    with e = min(1 - 1/k, decay) at the k-th update, pi^2 = (tr A / p) / (tr G / q), and over all layers the KL clip
+    nu = min(1, sqrt(kl_clip / (lr^2 sum <U, grad>))). Linear, Conv1d and Conv2d layers have such curvature (grouped
+    convolutions one for each group); all else steps along its gradient, unclipped. ``report()`` tells which.
+
+    Args:
+        model: its parameters are stepped.
+        lr: alpha.
+        damping: lambda.
+        momentum, weight_decay: of the SGD that follows.
+        decay: of the averages of A and G.
+        update_interval, factor_interval: steps between updates of A and G, and between their inverses, which follow
+            every update in the first 20 steps.
+        kl_clip: kappa; None: no clip.
+        damping_form: "factored" as above; "unbalanced": pi = 1; "exact": U = (A (x) G + lambda I)^-1 grad, by
+            eigenvalues.
+        groups, distribution, mean_loss, grad_scaler: see LayerwiseOptimizer.
+
+    A layer whose statistics or inverse are not finite keeps those it had. Raises ValueError or TypeError for an option
+    out of its range and for sparse gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-2,
+        *,
+        damping: float = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        decay: float = 0.95,
+        update_interval: int = 10,
+        factor_interval: int = 100,
+        kl_clip: float | None = 1e-2,
+        damping_form: str = "factored",
+        groups: Iterable[dict] | None = None,
+        distribution: str | Residual | None = None,
+        mean_loss: bool = True,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ):
+        defaults = {
+            "lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay, "decay": decay,
+            "update_interval": update_interval, "factor_interval": factor_interval, "kl_clip": kl_clip,
+            "damping_form": damping_form,
+        }  # fmt: skip
+        super().__init__(model, defaults, groups, distribution, mean_loss, grad_scaler)
+
+    def _check(self, options: dict) -> None:
+        check_range(self._title, options)
+        number(self._title, "damping", options["damping"], 0, math.inf)
+        number(self._title, "decay", options["decay"], 0, 1)
+        if options["damping_form"] not in FORMS:
+            raise ValueError(
+                f"{self._title}: expected damping_form to be one of {', '.join(FORMS)}, got {options['damping_form']!r}"
+            )
+
+    def _observe(self, layer: Affine, rows: Rows, state: dict, group: dict) -> None:
+        new = factors(rows)
+        if not all(bool(matrix.sum().isfinite()) for matrix in new):
+            state["skipped"] = state.get("skipped", 0) + 1
+            return
+        state["updates"] = state.get("updates", 0) + 1
+        keep = min(1 - 1 / state["updates"], group["decay"])
+        for name, matrix in zip(FACTORS, new, strict=True):
+            state[name] = matrix if name not in state else keep * state[name] + (1 - keep) * matrix
+
+    def _refresh(self, layers: list[Affine], groups: dict[int, dict]) -> None:
+        layers = [layer for layer in layers if FACTORS[0] in self.state[layer.weight]]
+        exact = [layer for layer in layers if groups[id(layer)]["damping_form"] == "exact"]
+        for layer in exact:
+            self._decompose(self.state[layer.weight])
+        self._invert([layer for layer in layers if layer not in exact], groups)
+
+    def _decompose(self, state: dict) -> None:
+        for name in FACTORS:
+            values, vectors = torch.linalg.eigh(state[name])
+            state[f"{name}_values"], state[f"{name}_vectors"] = values.clamp_min(0), vectors
+            state.pop(f"{name}_inverse", None)
+
+    def _invert(self, layers: list[Affine], groups: dict[int, dict]) -> None:
+        matrices = []
+        for layer in layers:
+            group, factors_here = groups[id(layer)], [self.state[layer.weight][name] for name in FACTORS]
+            balanced = group["damping_form"] == "factored"
+            dampings = split_damping(*factors_here, group["damping"], balanced)
+            matrices += map(damped, factors_here, dampings)
+        found = iter(inverses(matrices))
+        for layer in layers:
+            state = self.state[layer.weight]
+            for name in FACTORS:
+                inverse, good = next(found)
+                old = state.get(f"{name}_inverse", torch.zeros_like(inverse))
+                state[f"{name}_inverse"] = torch.where(good[:, None, None], inverse, old)
+                state.pop(f"{name}_values", None), state.pop(f"{name}_vectors", None)
+
+    def _direction(self, layer: Affine, gradient: Tensor, group: dict) -> Tensor | None:
+        state = self.state[layer.weight] if layer.weight in self.state else {}
+        if "A_inverse" in state:
+            return state["G_inverse"] @ gradient @ state["A_inverse"]
+        if "A_values" in state:
+            a, g = state["A_vectors"], state["G_vectors"]
+            spectrum = state["G_values"][:, :, None] * state["A_values"][:, None] + group["damping"]
+            return g @ ((g.mT @ gradient @ a) / spectrum) @ a.mT
+        return None
+
+    def _structure(self, layer: Affine) -> str:
+        _, outputs, inputs = layer.shape
+        return f"A {inputs}x{inputs}, G {outputs}x{outputs}"

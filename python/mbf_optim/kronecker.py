@@ -1,0 +1,76 @@
+"""Algebra of Kronecker-factored matrices. vec stacks columns, so that (A (x) G) vec(X) = vec(G X A^T) for X [q, p].
+
+Every matrix is batched over groups: A [groups, p, p], G [groups, q, q], X [groups, q, p].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mbf_kernels import SymmetricBlocks, factor, solve
+
+from .affine import Rows
+
+KERNEL_SIZE = 128  # up to here the inverses of all layers are kernels' work, above torch.linalg's
+
+
+def factors(rows: Rows) -> tuple[Tensor, Tensor]:
+    """A = (1/m) sum_n sum_t a a^T and G = (1/(m T)) sum_n sum_t g g^T, of KFC (Grosse & Martens 2016, Theorem 1)."""
+    m = len(rows.inputs)
+    return gram(rows.inputs) / m, gram(rows.gradients) / (m * rows.locations)
+
+
+def gram(rows: Tensor) -> Tensor:
+    """sum x x^T over samples and locations, [groups, n, n], of [m, T, groups, n]."""
+    columns = rows.flatten(0, 1).permute(1, 2, 0)
+    return columns @ columns.mT
+
+
+def mean_diagonal(matrix: Tensor) -> Tensor:
+    """tr / n, [groups]."""
+    return matrix.diagonal(dim1=1, dim2=2).mean(1)
+
+
+def split_damping(a: Tensor, g: Tensor, damping: float, balanced: bool) -> tuple[Tensor, Tensor]:
+    """pi sqrt(lambda) for A and sqrt(lambda) / pi for G, [groups] each: pi^2 = (tr A / p) / (tr G / q) if balanced,
+    else 1 (Martens & Grosse 2015, section 6.3)."""
+    root = torch.full_like(mean_diagonal(a), damping**0.5)
+    if not balanced:
+        return root, root
+    ratio = (mean_diagonal(a) / mean_diagonal(g)).sqrt()
+    pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+    return root * pi, root / pi
+
+
+def damped(matrix: Tensor, damping: Tensor) -> Tensor:
+    """The matrix + lambda I, a lambda for each group."""
+    return matrix + torch.diag_embed(damping[:, None].expand(matrix.shape[:2]))
+
+
+def inverses(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Of each the inverse and, by group, whether it is one: a matrix that is not positive definite has none."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    alike: dict[tuple, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        alike.setdefault((matrix.shape[1], matrix.dtype, matrix.device), []).append(i)
+    for (size, _, _), members in alike.items():
+        stacked = torch.cat([matrices[i] for i in members])
+        inverse, good = (_by_kernels if size <= KERNEL_SIZE else _by_linalg)(stacked)
+        counts = [len(matrices[i]) for i in members]
+        found |= dict(zip(members, zip(inverse.split(counts), good.split(counts), strict=True), strict=True))
+    return [found[i] for i in range(len(matrices))]
+
+
+def _by_kernels(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    lower, info = factor(SymmetricBlocks.from_dense(matrices), damping=0.0)
+    identity = torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device).expand_as(matrices)
+    inverse = solve(lower, identity)
+    return (inverse + inverse.mT) / 2, info == 0
+
+
+def _by_linalg(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    lower, info = torch.linalg.cholesky_ex(matrices)
+    return torch.cholesky_inverse(lower), info == 0

@@ -1,0 +1,211 @@
+"""What layers are seen to do: rows give back every sample's own gradient, whatever the model does around the layer."""
+
+import copy
+import gc
+import io
+import pickle
+
+import pytest
+import torch
+from mbf_optim.affine import affine_layers
+from mbf_optim.capture import Capture
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
+
+from mbf_kernels.testing import randn
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 3), (4, 5)),
+    "linear, no bias": (lambda: nn.Linear(5, 3, bias=False), (4, 5)),
+    "linear, sequences": (lambda: nn.Linear(5, 3), (4, 6, 5)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2), (4, 4, 11)),
+    "conv1d, groups": (lambda: nn.Conv1d(4, 6, 3, groups=2, bias=False), (4, 4, 7)),
+    "conv2d": (lambda: nn.Conv2d(2, 3, 3), (4, 2, 6, 5)),
+    "conv2d, stride": (lambda: nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 0)), (4, 2, 6, 5)),
+    "conv2d, dilation": (lambda: nn.Conv2d(2, 3, 2, dilation=(2, 3), padding=2), (4, 2, 6, 5)),
+    "conv2d, groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 4, 5, 5)),
+    "conv2d, depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), (4, 4, 5, 5)),
+    "conv2d, same": (lambda: nn.Conv2d(2, 3, (2, 3), padding="same"), (4, 2, 6, 5)),
+    "conv2d, valid": (lambda: nn.Conv2d(2, 3, 2, padding="valid"), (4, 2, 6, 5)),
+    **{
+        f"conv2d, {mode}": (lambda mode=mode: nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode=mode), (4, 2, 6, 5))
+        for mode in ("reflect", "replicate", "circular")
+    },
+}
+
+
+def loss_of(outputs, mean=True):
+    """Not symmetric in anything; of a sample its sum."""
+    weights = torch.linspace(1, 2, outputs[0].numel(), dtype=outputs.dtype).view(outputs.shape[1:])
+    losses = ((outputs + outputs.square()) * weights).flatten(1).sum(1)
+    return losses.mean() if mean else losses.sum()
+
+
+def own_gradients(model, layer, inputs):
+    """Of every sample alone [m, groups, q, p], by torch.func."""
+    params = {name: param.detach() for name, param in model.named_parameters()}
+
+    def loss(params, sample):
+        return loss_of(functional_call(model, params, (sample[None],)))
+
+    found = vmap(grad(loss), (None, 0))(params, inputs)
+    names = {id(param): name for name, param in model.named_parameters()}
+    return torch.stack(
+        [layer.joined(*[found[names[id(param)]][n] for param in layer.params]) for n in range(len(inputs))]
+    )
+
+
+def watched(model):
+    layers = affine_layers(model)
+    return layers, Capture(model, [layer.module for layer in layers])
+
+
+def assert_rows(rows, expected):
+    """sum over t of g a^T, of every sample."""
+    actual = torch.einsum("mtgq,mtgp->mgqp", rows.gradients, rows.inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("mean", [True, False])
+def test_rows_are_the_samples_gradients(layer, mean):
+    make, shape = LAYERS[layer]
+    torch.manual_seed(0)
+    model, inputs = make().double(), randn(*shape, dtype=torch.float64)
+    (layer,), capture = watched(model)
+    loss_of(model(inputs), mean).backward()
+    rows = layer.rows(capture.uses(layer.module), mean_loss=mean)
+    assert_rows(rows, own_gradients(model, layer, inputs))
+    assert rows.locations == rows.inputs.shape[1]
+    assert rows.inputs.shape[2:] == (layer.shape[0], layer.shape[2]) and rows.gradients.shape[2:] == layer.shape[:2]
+    for tensors in (layer.params, [torch.ones_like(p) for p in layer.params]):
+        for tensor, back in zip(tensors, layer.split(layer.joined(*tensors)), strict=True):
+            torch.testing.assert_close(back, tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv2d, groups"])
+def test_an_accumulated_gradient_is_one_batch(layer):
+    """Each part's loss divided by the number of parts, as is usual; parts of different lengths too."""
+    make, shape = LAYERS[layer]
+    torch.manual_seed(0)
+    model, inputs = make().double(), randn(*shape, dtype=torch.float64)
+    (layer,), capture = watched(model)
+    for part in inputs.split(2):
+        (loss_of(model(part)) / 2).backward()
+    assert_rows(layer.rows(capture.uses(layer.module), True), own_gradients(model, layer, inputs))
+    capture.clear()
+    assert capture.uses(layer.module) == []
+
+
+class Wild(nn.Module):
+    """A layer used twice, in-place activations, and what may surround a layer."""
+
+    def __init__(self, checkpointed=None):
+        super().__init__()
+        self.first, self.shared, self.last = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+        self.checkpointed = checkpointed
+
+    def middle(self, x):
+        return torch.tanh(self.shared(torch.relu_(self.shared(input=x))))
+
+    def forward(self, x):
+        x = torch.relu_(self.first(x).mul_(2.0))
+        x = self.middle(x) if self.checkpointed is None else checkpoint(self.middle, x, **self.checkpointed)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("checkpointed", [None, dict(use_reentrant=False), dict(use_reentrant=True)], ids=str)
+def test_shared_modules_in_place_activations_and_checkpoints(checkpointed):
+    torch.manual_seed(0)
+    model, inputs = Wild(checkpointed).double(), randn(6, 4, dtype=torch.float64)
+    layers, capture = watched(model)
+    loss_of(model(inputs)).backward()
+    plain = Wild().double()
+    plain.load_state_dict(model.state_dict())
+    for layer, twin in zip(layers, affine_layers(plain), strict=True):
+        rows = layer.rows(capture.uses(layer.module), True)
+        assert rows.locations == (2 if layer.name == "shared" else 1)
+        assert_rows(rows, own_gradients(plain, twin, inputs))
+
+
+def test_passes_with_different_numbers_of_locations():
+    """Shorter samples get rows of zeros; the mean counts what is there."""
+    model = nn.Linear(3, 2).double()
+    (layer,), capture = watched(model)
+    batches = [randn(2, 4, 3, dtype=torch.float64), randn(1, 1, 3, dtype=torch.float64)]
+    for batch in batches:
+        loss_of(model(batch), mean=False).backward()
+    rows = layer.rows(capture.uses(model), False)
+    assert rows.inputs.shape == (3, 4, 1, 4) and rows.locations == 9 / 3
+    expected = torch.cat([own_gradients(model, layer, batch) for batch in batches])
+    assert_rows(rows, expected)
+
+
+def test_what_is_not_recorded():
+    model = Wild().double()
+    layers, capture = watched(model)
+    inputs = randn(6, 4, dtype=torch.float64)
+    model.first.requires_grad_(False)
+    model.last.eval()
+    with torch.no_grad():
+        model(inputs)
+    model(inputs)  # without a backward pass
+    loss_of(model(inputs)).backward()
+    assert [len(capture.uses(layer.module)) for layer in layers] == [0, 2, 0]
+    capture.clear()
+    with capture.only(False):
+        loss_of(model(inputs)).backward()
+    capture.active = False
+    loss_of(model(inputs)).backward()
+    assert [len(capture.uses(layer.module)) for layer in layers] == [0, 0, 0]
+
+
+def test_a_frozen_bias_is_no_part_of_the_matrix():
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    (layer,) = affine_layers(model)
+    assert layer.bias is None and layer.shape == (1, 2, 3)
+
+
+def test_tied_weights_are_no_layers():
+    """Of an embedding the inputs are not known; and two layers are not one that is used twice."""
+    embedding, head, a, b = nn.Embedding(5, 3), nn.Linear(3, 5), nn.Linear(3, 3), nn.Linear(3, 3)
+    head.weight, b.bias = embedding.weight, a.bias
+    single = nn.Linear(3, 3)
+    layers = affine_layers(nn.ModuleDict(dict(e=embedding, head=head, a=a, b=b, single=single, again=single)))
+    assert [layer.name for layer in layers] == ["single"]
+
+
+def test_samples_without_a_batch_dimension():
+    for model, shape in ((nn.Linear(3, 2), (3,)), (nn.Conv2d(2, 3, 2), (2, 4, 4)), (nn.Conv1d(2, 3, 2), (2, 4))):
+        model, inputs = model.double(), randn(*shape, dtype=torch.float64)
+        (layer,), capture = watched(model)
+        model(inputs).square().sum().backward()
+        rows = layer.rows(capture.uses(model), True)
+        assert_rows(rows, layer.joined(model.weight.grad, model.bias.grad)[None])
+
+
+def test_autocast_gives_rows_of_the_weights_dtype():
+    model = nn.Linear(3, 2)
+    (layer,), capture = watched(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(randn(4, 3, dtype=torch.float32)).float().square().mean()
+    loss.backward()
+    rows = layer.rows(capture.uses(model), True)
+    assert rows.inputs.dtype == rows.gradients.dtype == torch.float32
+
+
+def test_hooks_bind_neither_the_model_nor_its_copies():
+    """A copied or pickled model records nothing, and a capture that is gone leaves no hook behind."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    layers, capture = watched(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+        other(randn(4, 3, dtype=torch.float32)).sum().backward()
+        assert capture.uses(layers[0].module) == []
+    del capture
+    gc.collect()
+    assert not model._forward_pre_hooks and not model[0]._forward_hooks
