@@ -385,6 +385,23 @@ def test_schedulers_closures_and_groups():
     assert moved == [False, False, True]
 
 
+def test_weights_and_biases_in_groups_of_their_own():
+    """As for weight decay: curvature is the weight's, the rest each one's own. A bias that is not trained is no column."""
+    model, inputs = network_of("mixed")
+    twin, partial = copy.deepcopy(model), copy.deepcopy(model)
+    weights, biases = ([p for p in twin.parameters() if (p.ndim > 1) == is_weight] for is_weight in (True, False))
+    split = [dict(params=biases, lr=0.2), dict(params=weights, damping=0.3)]
+    one, two = KFAC(model, damping=0.3, **PLAIN), KFAC(twin, groups=split, damping=7.0, **PLAIN)
+    before = [param.detach().clone() for param in model.parameters()]
+    for net, optimizer in ((model, one), (twin, two)):
+        loss_of(net(inputs)).mean().backward()
+        optimizer.step()
+    for old, a, b in zip(before, model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close((b - old) * (1 if b.ndim > 1 else 0.5), a - old)
+    lone = KFAC(partial, groups=[dict(params=[p for p in partial.parameters() if p.ndim > 1])], **PLAIN)
+    assert [row.structure for row in lone.report()] == ["A 6x6, G 3x3", "A 9x9, G 2x2"]
+
+
 def test_statistics_that_are_not_finite_are_skipped():
     model, _ = network_of("linear")
     optimizer = KFAC(model, **PLAIN)

@@ -6,7 +6,7 @@ the sample's loss with respect to the output there. [W | b] is the matrix, its b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -106,8 +106,9 @@ class Affine:
         return gradients.flatten(2).unflatten(1, (self.groups, -1)).permute(0, 3, 1, 2)
 
 
-def affine_layers(model: nn.Module) -> list[Affine]:
-    """Those whose weight and bias no other module holds: the inputs of the other would not be known."""
+def affine_layers(model: nn.Module, trained: Container[int] | None = None) -> list[Affine]:
+    """Those whose weight and bias no other module holds: the inputs of the other would not be known. ``trained``: the
+    ids of the parameters that count; None: all that require gradients."""
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -116,8 +117,11 @@ def affine_layers(model: nn.Module) -> list[Affine]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             bias = module.bias if module.bias is not None and module.bias.requires_grad else None
+            if bias is not None and trained is not None and id(bias) not in trained:
+                bias = None
             layer = Affine(name, module, module.weight, bias)
-            if all(owners[id(parameter)] == 1 for parameter in layer.params):
+            single = all(owners[id(parameter)] == 1 for parameter in layer.params)
+            if single and (trained is None or id(module.weight) in trained):
                 layers.append(layer)
     return layers
 

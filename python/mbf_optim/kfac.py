@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .affine import Affine, Rows
 from .kronecker import damped, factors, inverses, split_damping
-from .layerwise import LayerwiseOptimizer, check_range, number
+from .layerwise import LayerwiseOptimizer
+from .model_optimizer import check_range, number
 from .sampling import Residual
 
 FORMS = ("factored", "unbalanced", "exact")
@@ -130,6 +131,6 @@ class KFAC(LayerwiseOptimizer):
             return g @ ((g.mT @ gradient @ a) / spectrum) @ a.mT
         return None
 
-    def _structure(self, layer: Affine) -> str:
-        _, outputs, inputs = layer.shape
-        return f"A {inputs}x{inputs}, G {outputs}x{outputs}"
+    def _structure(self, layer: Affine) -> tuple[str, int, int]:
+        groups, outputs, inputs = layer.shape
+        return f"A {inputs}x{inputs}, G {outputs}x{outputs}", 2 * groups, max(outputs, inputs)
