@@ -386,7 +386,7 @@ def test_schedulers_closures_and_groups():
 
 
 def test_weights_and_biases_in_groups_of_their_own():
-    """As for weight decay: curvature is the weight's, the rest each one's own. A bias that is not trained is no column."""
+    """As for weight decay: curvature is the weight's, the rest each one's own. A bias in no group is no column."""
     model, inputs = network_of("mixed")
     twin, partial = copy.deepcopy(model), copy.deepcopy(model)
     weights, biases = ([p for p in twin.parameters() if (p.ndim > 1) == is_weight] for is_weight in (True, False))

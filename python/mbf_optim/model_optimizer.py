@@ -17,8 +17,8 @@ from .report import Report, Row
 
 class ModelOptimizer(Optimizer):
     """A subclass sets ``_layers``, each with ``module``, ``weight``, ``bias`` or None and ``params``, and ``_capture``
-    of their modules. Statistics of a layer are in ``self.state[layer.weight]``, with the number of their "updates" and of
-    those "skipped". Every group counts its steps in "step".
+    of their modules. Statistics of a layer are in ``self.state[layer.weight]``, with the number of their "updates" and
+    of those "skipped". Every group counts its steps in "step".
 
     Args:
         model: its parameters are stepped.
