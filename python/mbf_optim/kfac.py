@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .affine import Affine, Rows
-from .kronecker import damped, factors, inverses, split_damping
+from .kronecker import factors, split_damping, update_inverses
 from .layerwise import LayerwiseOptimizer
 from .model_optimizer import check_range, number
 from .sampling import Residual
@@ -93,42 +93,32 @@ class KFAC(LayerwiseOptimizer):
             state[name] = matrix if name not in state else keep * state[name] + (1 - keep) * matrix
 
     def _refresh(self, layers: list[Affine], groups: dict[int, dict]) -> None:
-        layers = [layer for layer in layers if FACTORS[0] in self.state[layer.weight]]
-        exact = [layer for layer in layers if groups[id(layer)]["damping_form"] == "exact"]
-        for layer in exact:
-            self._decompose(self.state[layer.weight])
-        self._invert([layer for layer in layers if layer not in exact], groups)
+        factored, dampings = [], []
+        for layer in layers:
+            state, group = self.state[layer.weight], groups[id(layer)]
+            if FACTORS[0] not in state:
+                continue
+            if group["damping_form"] == "exact":
+                self._decompose(state)
+            else:
+                pair = [state[name] for name in FACTORS]
+                factored.append(state)
+                dampings.append(split_damping(*pair, group["damping"], group["damping_form"] == "factored"))
+        update_inverses(factored, FACTORS, dampings)
 
     def _decompose(self, state: dict) -> None:
         for name in FACTORS:
             values, vectors = torch.linalg.eigh(state[name])
             state[f"{name}_values"], state[f"{name}_vectors"] = values.clamp_min(0), vectors
-            state.pop(f"{name}_inverse", None)
-
-    def _invert(self, layers: list[Affine], groups: dict[int, dict]) -> None:
-        matrices = []
-        for layer in layers:
-            group, factors_here = groups[id(layer)], [self.state[layer.weight][name] for name in FACTORS]
-            balanced = group["damping_form"] == "factored"
-            dampings = split_damping(*factors_here, group["damping"], balanced)
-            matrices += map(damped, factors_here, dampings)
-        found = iter(inverses(matrices))
-        for layer in layers:
-            state = self.state[layer.weight]
-            for name in FACTORS:
-                inverse, good = next(found)
-                old = state.get(f"{name}_inverse", torch.zeros_like(inverse))
-                state[f"{name}_inverse"] = torch.where(good[:, None, None], inverse, old)
-                state.pop(f"{name}_values", None), state.pop(f"{name}_vectors", None)
 
     def _direction(self, layer: Affine, gradient: Tensor, group: dict) -> Tensor | None:
         state = self.state[layer.weight] if layer.weight in self.state else {}
-        if "A_inverse" in state:
-            return state["G_inverse"] @ gradient @ state["A_inverse"]
-        if "A_values" in state:
+        if "A_values" in state and (group["damping_form"] == "exact" or "A_inverse" not in state):
             a, g = state["A_vectors"], state["G_vectors"]
             spectrum = state["G_values"][:, :, None] * state["A_values"][:, None] + group["damping"]
             return g @ ((g.mT @ gradient @ a) / spectrum) @ a.mT
+        if "A_inverse" in state:
+            return state["G_inverse"] @ gradient @ state["A_inverse"]
         return None
 
     def _structure(self, layer: Affine) -> tuple[str, int, int]:

@@ -50,6 +50,22 @@ def damped(matrix: Tensor, damping: Tensor) -> Tensor:
     return matrix + torch.diag_embed(damping[:, None].expand(matrix.shape[:2]))
 
 
+def whitened(
+    first: Sequence[Tensor], second: Sequence[Tensor], damping: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """K1, K2, s1, s2 for the inverse of R (x) S + R2 (x) S2, R and S with lambda added to the magnitudes of their
+    eigenvalues: K1 K1^T = R^-1 and K1^T R2 K1 = diag(s1), likewise K2 and s2 for S (Martens & Grosse 2015, appendix B).
+    """
+    ks, spectra = [], []
+    for matrix, other in zip(first, second, strict=True):
+        values, vectors = torch.linalg.eigh(matrix.double())
+        root = vectors * (values.abs() + damping).rsqrt()[:, None] @ vectors.mT
+        spectrum, basis = torch.linalg.eigh(root @ other.double() @ root)
+        ks.append((root @ basis).to(matrix.dtype))
+        spectra.append(spectrum.to(matrix.dtype))
+    return *ks, *spectra
+
+
 def inverses(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Of each the inverse and, by group, whether it is one: a matrix that is not positive definite has none."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
@@ -62,6 +78,22 @@ def inverses(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         counts = [len(matrices[i]) for i in members]
         found |= dict(zip(members, zip(inverse.split(counts), good.split(counts), strict=True), strict=True))
     return [found[i] for i in range(len(matrices))]
+
+
+def update_inverses(states: Sequence[dict], names: tuple[str, str], dampings: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Of the two damped matrices of each state, under their names and "_inverse"; the old one stays where there is no
+    new one (zero at first)."""
+    matrices = [
+        damped(state[name], lam)
+        for state, both in zip(states, dampings, strict=True)
+        for name, lam in zip(names, both, strict=True)
+    ]
+    found = iter(inverses(matrices))
+    for state in states:
+        for name in names:
+            inverse, good = next(found)
+            old = state.get(f"{name}_inverse", torch.zeros_like(inverse))
+            state[f"{name}_inverse"] = torch.where(good[:, None, None], inverse, old)
 
 
 def _by_kernels(matrices: Tensor) -> tuple[Tensor, Tensor]:

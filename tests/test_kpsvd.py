@@ -1,0 +1,348 @@
+"""The KPSVD family against dense definitions: the SVD of an explicitly rearranged Fisher matrix, and dense solves."""
+
+import copy
+import math
+
+import pytest
+import torch
+from mbf_optim import KPSVD
+from mbf_optim.affine import Rows, affine_layers
+from mbf_optim.kpsvd import METHODS
+from mbf_optim.rearranged import Pair, Rearranged, top_pair, two_pairs
+from test_kfac import NETWORKS, PLAIN, loss_of, network_of, vec
+from torch import nn
+
+from mbf_kernels.testing import assert_bitwise, randn
+
+TIGHT = dict(tolerance=0.0)  # then 10 eps
+
+
+def rows_of(samples, locations, groups=1, p=4, q=3, seed=0):
+    """Of which F is far from one product: gradients grow with inputs."""
+    a = randn(samples, locations, groups, p, dtype=torch.float64, seed=seed)
+    g = randn(samples, locations, groups, q, dtype=torch.float64, seed=seed + 1) * (1 + a[..., :1] ** 2)
+    return Rows(a, g, locations)
+
+
+def dense_fisher(rows, group=0):
+    """(1/m) sum_n vec(dW_n) vec(dW_n)^T."""
+    gradients = torch.einsum("mtq,mtp->mqp", rows.gradients[:, :, group], rows.inputs[:, :, group])
+    vectors = torch.stack([vec(gradient) for gradient in gradients])
+    return vectors.T @ vectors / len(vectors)
+
+
+def rearranged(fisher, p, q):
+    """[p^2, q^2]: what maps R (x) S to vec(R) vec(S)^T."""
+    return fisher.view(p, q, p, q).permute(0, 2, 1, 3).reshape(p * p, q * q)
+
+
+def symmetric_part(matrix, p, q):
+    """Of a rearranged matrix what maps symmetric matrices to symmetric ones: pairs of locations add products of
+    antisymmetric matrices to F, which have no inverse of their own."""
+    for n, side in ((p, 0), (q, 1)):
+        swap = torch.arange(n * n).view(n, n).T.flatten()
+        matrix = (matrix + matrix.index_select(side, swap)) / 2
+    return matrix
+
+
+def dense(pair, group=0):
+    return torch.kron(pair.left[group], pair.right[group])
+
+
+def relative_error(rows, pairs):
+    fisher = dense_fisher(rows)
+    return ((fisher - sum(dense(pair) for pair in pairs)).norm() / fisher.norm()).item()
+
+
+SHAPES = {"linear": (40, 1, 1), "locations": (12, 5, 1), "groups": (12, 3, 2)}
+over_shapes = pytest.mark.parametrize("shape", SHAPES)
+
+
+@over_shapes
+def test_products_with_the_rearranged_matrix(shape):
+    rows = rows_of(*SHAPES[shape])
+    deflated = Pair(*(randn(rows.inputs.shape[2], n, n, dtype=torch.float64, seed=n) for n in (4, 3)))
+    z = Rearranged(rows, [deflated])
+    left, right = (x + x.mT for x in (randn(rows.inputs.shape[2], n, n, dtype=torch.float64, seed=9) for n in (4, 3)))
+    for group in range(rows.inputs.shape[2]):
+        matrix = rearranged(dense_fisher(rows, group) - dense(deflated, group), 4, 3)
+        for actual, expected in (
+            (z.times(right), matrix @ right[group].flatten()),
+            (z.transposed_times(left), matrix.T @ left[group].flatten()),
+        ):
+            torch.testing.assert_close(actual[group].flatten(), expected, rtol=1e-12, atol=1e-11)
+
+
+def test_products_do_not_depend_on_how_samples_are_split(monkeypatch):
+    rows = rows_of(12, 5)
+    right = torch.eye(3, dtype=torch.float64)[None]
+    whole = Rearranged(rows).times(right)
+    monkeypatch.setattr("mbf_optim.rearranged.CHUNK", 60)  # two samples at a time
+    torch.testing.assert_close(Rearranged(rows).times(right), whole, rtol=1e-13, atol=1e-13)
+
+
+@over_shapes
+def test_singular_pairs_are_those_of_the_dense_matrix(shape):
+    torch.manual_seed(0)
+    rows = rows_of(*SHAPES[shape])
+    first, sigma = top_pair(Rearranged(rows), None, 1e-14, 2000)
+    second, _ = top_pair(Rearranged(rows, [first]), None, 1e-14, 2000, sigma)
+    both = two_pairs(Rearranged(rows), None, 1e-14, 200, 8)
+    for group in range(rows.inputs.shape[2]):
+        u, s, vt = torch.linalg.svd(symmetric_part(rearranged(dense_fisher(rows, group), 4, 3), 4, 3))
+        for i, pair in enumerate((first, second)):
+            product = torch.outer(pair.left[group].flatten(), pair.right[group].flatten())
+            torch.testing.assert_close(product, s[i] * torch.outer(u[:, i], vt[i]), rtol=1e-9, atol=1e-9)
+            same = torch.outer(both[i].left[group].flatten(), both[i].right[group].flatten())
+            torch.testing.assert_close(same, product, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(pair.left[group].norm() ** 2, s[i])
+    for matrix in first:
+        assert torch.linalg.eigvalsh(matrix).min() > -1e-12
+
+
+def test_singular_values_from_gram_matrices():
+    """sqrt(eig((a a^T)^o2 (g g^T)^o2)) / m, another way to the same numbers."""
+    torch.manual_seed(0)
+    rows = rows_of(9, 1)
+    a, g = rows.inputs[:, 0, 0], rows.gradients[:, 0, 0]
+    product = (a @ a.T).square() @ (g @ g.T).square()
+    expected = torch.linalg.eigvals(product).real.clamp_min(0).sqrt().max() / 9
+    _, sigma = top_pair(Rearranged(rows), None, 1e-14, 2000)
+    torch.testing.assert_close(sigma.squeeze(), expected)
+
+
+class Watched(KPSVD):
+    """Keeps the rows and pairs of every refresh."""
+
+    def _pairs(self, rows, state, group):
+        pairs = super()._pairs(rows, state, group)
+        self.seen = [*getattr(self, "seen", []), (rows, pairs)]
+        return pairs
+
+
+@pytest.mark.parametrize("network", ["linear", "sequences", "mixed"])
+def test_errors_are_ordered_at_every_refresh(network):
+    """err(deflation) = err(lanczos) = tail of the SVD over symmetric matrices <= err(kpsvd) <= err(K-FAC);
+    err(deflation) <= err(corrected) <= err(K-FAC), and the corrected one squared is K-FAC's less sigma^2."""
+    model, inputs = network_of(network)
+    errors = {}
+    for method in METHODS:
+        torch.manual_seed(1)
+        optimizer = Watched(model, method=method, **TIGHT, **PLAIN | dict(lr=0.0))
+        for t in range(3):
+            optimizer.zero_grad()
+            loss_of(model(inputs * (1 + 0.1 * t))).mean().backward()
+            optimizer.step()
+        errors[method] = [relative_error(rows, pairs) for rows, pairs in optimizer.seen]
+        errors["kfac"] = [relative_error(rows, [kfac_pair(rows)]) for rows, _ in optimizer.seen]
+        seen = optimizer.seen
+    small = 1e-7  # errors whose squares are at rounding
+    for i, (rows, _) in enumerate(seen):
+        p, q = rows.inputs.shape[3], rows.gradients.shape[3]
+        fisher = dense_fisher(rows)
+        s = torch.linalg.svdvals(symmetric_part(rearranged(fisher, p, q), p, q)) / fisher.norm()
+        tails = [(1 - s[:k].square().sum()).clamp_min(0).sqrt().item() for k in (1, 2)]
+        at = {name: values[i] for name, values in errors.items()}
+        assert at["kpsvd"] == pytest.approx(tails[0], rel=1e-6, abs=small)
+        assert at["deflation"] == pytest.approx(tails[1], rel=1e-6, abs=small)
+        assert at["lanczos"] == pytest.approx(tails[1], rel=1e-6, abs=small)
+        assert at["kpsvd"] <= at["kfac"] + small
+        assert at["deflation"] - small <= at["kfac_corrected"] <= at["kfac"] + small
+        residual = rearranged(fisher - dense(kfac_pair(rows)), p, q)
+        largest = torch.linalg.svdvals(symmetric_part(residual, p, q))[0].item() / fisher.norm().item()
+        assert at["kfac_corrected"] ** 2 == pytest.approx(at["kfac"] ** 2 - largest**2, rel=1e-6, abs=small)
+
+
+def kfac_pair(rows):
+    a, g = rows.inputs[:, :, 0].flatten(0, 1), rows.gradients[:, :, 0].flatten(0, 1)
+    return Pair((a.T @ a / len(rows.inputs))[None], (g.T @ g / len(g))[None])
+
+
+@pytest.mark.parametrize("square, values", [(1.0, (0.5, 0.5)), (3.0, (1.5, 0.5))])
+def test_two_clusters(square, values):
+    """Orthogonal inputs with orthogonal gradients: two products are exact, K-FAC's relative error is 1/sqrt(2)."""
+    torch.manual_seed(0)
+    eye = torch.eye(2, dtype=torch.float64)
+    gradients = eye * torch.tensor([math.sqrt(square), 1.0], dtype=torch.float64)[:, None]
+    rows = Rows(eye.view(2, 1, 1, 2), gradients.view(2, 1, 1, 2), 1)
+    torch.testing.assert_close(
+        torch.linalg.svdvals(rearranged(dense_fisher(rows), 2, 2))[:2], torch.tensor(values, dtype=torch.float64)
+    )
+    optimizer = KPSVD(nn.Linear(2, 2, bias=False).double(), **TIGHT)
+    group = optimizer.param_groups[0]
+    assert relative_error(rows, [kfac_pair(rows)]) == pytest.approx(0.5**0.5)
+    for method in ("deflation", "lanczos", "kfac_corrected"):
+        assert relative_error(rows, optimizer._pairs(rows, {}, group | dict(method=method))) < 1e-12
+    alone = relative_error(rows, optimizer._pairs(rows, {}, group | dict(method="kpsvd")))
+    assert alone == pytest.approx(values[1] / math.hypot(*values))
+
+
+def test_one_sample_is_one_product():
+    """The second is zero, whatever the method, and K-FAC is exact."""
+    torch.manual_seed(0)
+    rows = rows_of(1, 1)
+    optimizer = KPSVD(nn.Linear(4, 3, bias=False).double(), **TIGHT)
+    for method in METHODS:
+        pairs = optimizer._pairs(rows, {}, optimizer.param_groups[0] | dict(method=method))
+        assert relative_error(rows, pairs) < 1e-12 and relative_error(rows, pairs[:1]) < 1e-12
+
+
+def test_deep_linear_networks_are_one_product():
+    """Half the squared error, all residuals equally likely: F = A (x) G, so K-FAC, KPSVD and F agree."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 2)).double()
+    inputs = randn(7, 4, dtype=torch.float64).repeat_interleave(2, 0)  # each with both residuals
+
+    def residual(outputs):
+        return math.sqrt(2) * torch.eye(2, dtype=outputs.dtype).repeat(7, 1)
+
+    for method in METHODS:
+        optimizer = Watched(model, method=method, distribution=residual, **TIGHT, **PLAIN | dict(lr=0.0))
+        loss_of(model(inputs)).mean().backward()
+        optimizer.step()
+        for rows, pairs in optimizer.seen:
+            assert relative_error(rows, [kfac_pair(rows)]) < 1e-7 and relative_error(rows, pairs) < 1e-7
+
+
+# ---- directions
+
+
+def dense_direction(pairs, gradient, damping, inverse):
+    """One product: sqrt(lambda) on both; two: lambda on both of the first."""
+    damped = [m + (damping if len(pairs) > 1 else math.sqrt(damping)) * torch.eye(len(m)).double() for m in pairs[0]]
+    matrix = torch.kron(*damped)
+    if len(pairs) > 1 and inverse == "signed":
+        matrix = matrix + torch.kron(*pairs[1])
+    if len(pairs) > 1 and inverse == "absolute":  # |.| of the second in the metric of the first
+        roots = [power(m, 0.5) for m in damped]
+        whitened = [absolute(power(m, -0.5) @ x @ power(m, -0.5)) for m, x in zip(damped, pairs[1], strict=True)]
+        matrix = matrix + torch.kron(*[root @ x @ root for root, x in zip(roots, whitened, strict=True)])
+    return torch.linalg.solve(matrix, vec(gradient)).view(gradient.mT.shape).mT, matrix
+
+
+def power(matrix, exponent):
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values**exponent @ vectors.T
+
+
+def absolute(matrix):
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.abs() @ vectors.T
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("inverse", ["signed", "absolute"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_is_the_dense_one(network, method, inverse):
+    torch.manual_seed(0)
+    model, inputs = network_of(network)
+    before = [param.detach().clone() for param in model.parameters()]
+    damping = 3.0  # so that 1 + s2 s1 stays above the floor
+    optimizer = KPSVD(model, method=method, damping=damping, inverse=inverse, floor=1e-6, **TIGHT, **PLAIN)
+    loss_of(model(inputs)).mean().backward()
+    optimizer.step()
+    old = iter(before)
+    for layer in affine_layers(model):
+        state = optimizer.state[layer.weight]
+        gradient = layer.joined(*[param.grad for param in layer.params])
+        moved = layer.joined(*[param.detach() - next(old) for param in layer.params]) / -0.1
+        for group in range(layer.groups):
+            names = [("R", "S"), ("R2", "S2")][: 1 if method == "kpsvd" else 2]
+            pairs = [[state[name][group] for name in both] for both in names]
+            expected, matrix = dense_direction(pairs, gradient[group], damping, inverse)
+            assert torch.linalg.eigvalsh(matrix).min() > 0
+            torch.testing.assert_close(moved[group], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_floor_bounds_the_step():
+    """Where both products nearly cancel the signed inverse is bounded by that of the first over the floor."""
+    model = nn.Linear(2, 2, bias=False).double()
+    optimizer = KPSVD(model, method="deflation", damping=1e-3, floor=0.25, **PLAIN)
+    eye, turn = torch.eye(2).double()[None], torch.tensor([[1.0, 0.0], [0.0, -1.0]]).double()[None]
+    optimizer.state[model.weight] |= {"R": eye, "S": eye, "R2": turn, "S2": turn}
+    (layer,) = optimizer._layers
+    optimizer._refresh([layer], {id(layer): optimizer.param_groups[0]})
+    direction = optimizer._direction(layer, torch.ones(1, 2, 2).double(), optimizer.param_groups[0])
+    # 1 + s2 s1 is 1 +- 1/1.001^2: where the signs agree about 2, elsewhere about 0.002, which the floor lifts
+    base, same = 1.001**-2, 1 / (1 + 1.001**-2)
+    expected = torch.tensor([[same, 4.0], [4.0, same]]).double() * base
+    torch.testing.assert_close(direction[0], expected)
+
+
+def test_averages_do_not_cancel():
+    """The second product has no sign of its own: it is turned to agree with the average."""
+    torch.manual_seed(0)
+    model, inputs = network_of("linear")
+    optimizer = KPSVD(model, method="kfac_corrected", decay=0.5, **TIGHT, **PLAIN | dict(lr=0.0))
+    lengths = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss_of(model(inputs)).mean().backward()
+        optimizer.step()
+        lengths.append(optimizer.state[model[0].weight]["R2"].norm().item())
+        optimizer.state[model[0].weight]["S2"].neg_()  # a start that leads to the other sign
+        optimizer.state[model[0].weight]["R2"].neg_()
+    assert lengths == pytest.approx([lengths[0]] * 6, rel=1e-8)
+
+
+# ---- as an optimizer
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_has_the_same_bits(method):
+    def train(model, optimizer, first, steps):
+        for t in range(first, first + steps):
+            optimizer.zero_grad()
+            loss_of(model(randn(6, 4, dtype=torch.float64, seed=t))).mean().backward()
+            optimizer.step()
+
+    options = dict(method=method, update_interval=2, factor_interval=4)
+    torch.manual_seed(0)
+    model, _ = network_of("linear")
+    optimizer = KPSVD(model, **options)
+    train(model, optimizer, 0, 5)
+    other, _ = network_of("linear", seed=1)
+    resumed = KPSVD(other, **options)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for net, opt in ((model, optimizer), (other, resumed)):
+        train(net, opt, 5, 6)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert_bitwise(a, b)
+
+
+def test_the_method_may_change():
+    model, inputs = network_of("mixed")
+    optimizer = KPSVD(model, **PLAIN)
+    for method in (*METHODS, *METHODS[::-1]):
+        optimizer.param_groups[0]["method"] = method
+        optimizer.zero_grad()
+        loss_of(model(inputs)).mean().backward()
+        optimizer.step()
+        rows = [row for row in optimizer.report() if row.structure != "gradient"]
+        assert all(row.structure.startswith("1 x" if method == "kpsvd" else "2 x") for row in rows)
+        assert all(param.isfinite().all() for param in model.parameters())
+
+
+def test_statistics_that_are_not_finite_are_skipped():
+    model, inputs = network_of("linear")
+    optimizer = KPSVD(model, method="deflation", **PLAIN)
+    loss_of(model(inputs)).mean().backward()
+    optimizer.step()
+    kept = {name: value.clone() for name, value in optimizer.state[model[0].weight].items() if name in ("R", "S2")}
+    optimizer.zero_grad()
+    (model(inputs).sum() * float("nan")).backward()
+    for param in model.parameters():
+        param.grad.zero_()
+    optimizer.step()
+    assert all(torch.equal(optimizer.state[model[0].weight][name], value) for name, value in kept.items())
+    assert [row.skipped for row in optimizer.report()] == [1, 1]
+
+
+BAD = {"method": "svd", "inverse": "both", "floor": -1.0, "tolerance": float("nan"), "damping": -1.0, "decay": 2.0}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_options_are_refused(name):
+    with pytest.raises(ValueError, match=f"^KPSVD: expected {name} "):
+        KPSVD(nn.Linear(2, 2), **{name: BAD[name]})
