@@ -455,6 +455,8 @@ def test_bad_options_are_refused(name):
 
 
 def test_what_is_refused():
+    with pytest.raises(ValueError, match="^KFAC: expected damping to be positive"):
+        KFAC(nn.Linear(2, 2), damping=0.0, damping_form="exact")
     with pytest.raises(TypeError, match="^KFAC: expected lr to be a number"):
         KFAC(nn.Linear(2, 2), lr="fast")
     model = nn.Embedding(4, 2, sparse=True)

@@ -77,6 +77,8 @@ class KFAC(LayerwiseOptimizer):
         check_range(self._title, options)
         number(self._title, "damping", options["damping"], 0, math.inf)
         number(self._title, "decay", options["decay"], 0, 1)
+        if options["damping_form"] == "exact" and options["damping"] == 0:
+            raise ValueError(f'{self._title}: expected damping to be positive with damping_form="exact", got 0')
         if options["damping_form"] not in FORMS:
             raise ValueError(
                 f"{self._title}: expected damping_form to be one of {', '.join(FORMS)}, got {options['damping_form']!r}"

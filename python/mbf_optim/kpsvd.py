@@ -12,7 +12,7 @@ from .affine import Affine, Rows
 from .kronecker import factors, split_damping, update_inverses, whitened
 from .layerwise import LayerwiseOptimizer
 from .model_optimizer import check_range, number
-from .rearranged import Pair, Rearranged, dot, top_pair, two_pairs
+from .rearranged import Pair, Rearranged, dot, norm, top_pair, two_pairs
 from .sampling import Residual
 
 METHODS = ("kpsvd", "deflation", "lanczos", "kfac_corrected")
@@ -35,8 +35,8 @@ class KPSVD(LayerwiseOptimizer):
 
         U = K2 ((K2^T grad K1) / max(1 + s2 s1^T, floor)) K1^T
 
-    Averages, KL clip, momentum and weight decay are K-FAC's. All pairs of locations of a sample count; R, S, R2 and S2 are
-    symmetric.
+    Averages, KL clip, momentum and weight decay are K-FAC's. All pairs of locations of a sample count; R, S, R2 and
+    S2 are symmetric.
 
     Args:
         model, lr, damping, momentum, weight_decay, decay, kl_clip: as in KFAC.
@@ -87,6 +87,8 @@ class KPSVD(LayerwiseOptimizer):
         check_range(self._title, options)
         number(self._title, "damping", options["damping"], 0, math.inf)
         number(self._title, "decay", options["decay"], 0, 1)
+        if options["damping"] == 0:
+            raise ValueError(f"{self._title}: expected damping to be positive, got 0")
         for name in ("floor", "tolerance"):
             number(self._title, name, options[name], 0, math.inf)
         for name, known in (("method", METHODS), ("inverse", FORMS)):
@@ -119,9 +121,7 @@ class KPSVD(LayerwiseOptimizer):
             return list(two_pairs(z, start, tolerance, RESTARTS, KRYLOV))
         if method == "kfac_corrected":
             first = Pair(*factors(rows))
-            scale = torch.linalg.matrix_norm(first.left, keepdim=True) * torch.linalg.matrix_norm(
-                first.right, keepdim=True
-            )
+            scale = norm(first.left) * norm(first.right)
         else:
             first, scale = top_pair(z, starts[0], tolerance, ITERATIONS)
         if method == "kpsvd":
