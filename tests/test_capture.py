@@ -42,12 +42,12 @@ def loss_of(outputs, mean=True):
     return losses.mean() if mean else losses.sum()
 
 
-def own_gradients(model, layer, inputs):
+def own_gradients(model, layer, inputs, loss_of=loss_of):
     """Of every sample alone [m, groups, q, p], by torch.func."""
     params = {name: param.detach() for name, param in model.named_parameters()}
 
     def loss(params, sample):
-        return loss_of(functional_call(model, params, (sample[None],)))
+        return loss_of(functional_call(model, params, (sample[None],))).sum()
 
     found = vmap(grad(loss), (None, 0))(params, inputs)
     names = {id(param): name for name, param in model.named_parameters()}

@@ -3,5 +3,6 @@
 from .kfac import KFAC
 from .kpsvd import KPSVD
 from .mbf import MBF
+from .two_level import TwoLevelKFAC
 
-__all__ = ["KFAC", "KPSVD", "MBF"]
+__all__ = ["KFAC", "KPSVD", "MBF", "TwoLevelKFAC"]

@@ -71,7 +71,11 @@ class KFAC(LayerwiseOptimizer):
             "update_interval": update_interval, "factor_interval": factor_interval, "kl_clip": kl_clip,
             "damping_form": damping_form,
         }  # fmt: skip
-        super().__init__(model, defaults, groups, distribution, mean_loss, grad_scaler)
+        super().__init__(model, defaults | self._own_options(), groups, distribution, mean_loss, grad_scaler)
+
+    def _own_options(self) -> dict:
+        """Of a method that builds on this one."""
+        return {}
 
     def _check(self, options: dict) -> None:
         check_range(self._title, options)

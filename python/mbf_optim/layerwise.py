@@ -121,23 +121,33 @@ class LayerwiseOptimizer(ModelOptimizer):
 
     def _directions(self, layers: list[Affine], groups: dict[int, dict]) -> dict[int, Tensor]:
         """By parameter, clipped."""
-        found: dict[int, Tensor] = {}
-        products: list[Tensor] = []
-        for layer in layers:
-            gradient = layer.joined(*[param.grad for param in layer.params])
-            direction = self._direction(layer, gradient, groups[id(layer)])
-            if direction is not None:
-                products.append((direction * gradient).sum() * groups[id(layer)]["lr"] ** 2)
-                found |= dict(zip(map(id, layer.params), layer.split(direction), strict=True))
-        if products:
-            total = torch.stack(products).sum()
-            for group in self.param_groups:
-                if group["kl_clip"] is not None:
-                    factor = (group["kl_clip"] / total.abs()).sqrt().clamp(max=1.0)
-                    for param in group["params"]:
-                        if id(param) in found:
-                            found[id(param)] = found[id(param)] * factor
-        return found
+        gradients = {layer: layer.joined(*[param.grad for param in layer.params]) for layer in layers}
+        found = {layer: self._direction(layer, gradient, groups[id(layer)]) for layer, gradient in gradients.items()}
+        found = {layer: direction for layer, direction in found.items() if direction is not None}
+        found = self._coupled({layer: gradients[layer] for layer in found}, found, groups)
+        clips = self._clips(gradients, found, groups)
+        return {
+            id(param): part * clips[id(layer)] if id(layer) in clips else part
+            for layer, direction in found.items()
+            for param, part in zip(layer.params, layer.split(direction), strict=True)
+        }
+
+    def _coupled(
+        self, gradients: dict[Affine, Tensor], directions: dict[Affine, Tensor], groups: dict[int, dict]
+    ) -> dict[Affine, Tensor]:
+        """The directions once layers have been looked at together: as they are, but for methods that do."""
+        return directions
+
+    def _clips(
+        self, gradients: dict[Affine, Tensor], directions: dict[Affine, Tensor], groups: dict[int, dict]
+    ) -> dict[int, Tensor]:
+        """nu, by layer with a clip."""
+        products = [(u * gradients[layer]).sum() * groups[id(layer)]["lr"] ** 2 for layer, u in directions.items()]
+        if not products:
+            return {}
+        total = torch.stack(products).sum().abs()
+        kappas = {id(layer): groups[id(layer)]["kl_clip"] for layer in directions}
+        return {key: (kappa / total).sqrt().clamp(max=1.0) for key, kappa in kappas.items() if kappa is not None}
 
     def _move(self, group: dict, directions: dict[int, Tensor]) -> None:
         params = [param for param in group["params"] if param.grad is not None]

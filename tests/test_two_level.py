@@ -1,0 +1,254 @@
+"""Two-level K-FAC against dense algebra over all layers: the Fisher matrix of all parameters, R0 and F_c."""
+
+import copy
+
+import pytest
+import torch
+from mbf_optim import KFAC, TwoLevelKFAC
+from mbf_optim.affine import affine_layers
+from mbf_optim.two_level import SPACES
+from test_capture import own_gradients
+from test_kfac import PLAIN, dense_factors, loss_of, network_of, vec
+from torch import nn
+
+from mbf_kernels.testing import assert_bitwise, randn
+
+DAMPING = 0.3
+over_spaces = pytest.mark.parametrize("coarse", SPACES)
+NETWORKS = {
+    "linear": ([nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 2)], (8, 4)),
+    "mixed": (
+        [nn.Conv2d(2, 4, 2), nn.Tanh(), nn.Conv2d(4, 4, 2, groups=2), nn.Flatten(), nn.Tanh(), nn.Linear(8, 2)],
+        (8, 2, 4, 3),
+    ),
+}
+over_networks = pytest.mark.parametrize("network", NETWORKS)
+
+
+def made(network):
+    torch.manual_seed(0)
+    modules, shape = NETWORKS[network]
+    model = nn.Sequential(*copy.deepcopy(modules)).double()
+    for param in model.parameters():
+        nn.init.normal_(param, std=0.5)
+    return model, randn(*shape, dtype=torch.float64)
+
+
+def flat(matrices):
+    """Of all layers one vector, groups one after the other."""
+    return torch.cat([vec(block) for matrix in matrices for block in matrix])
+
+
+class Dense:
+    """All that the method uses, as matrices."""
+
+    def __init__(self, model, inputs):
+        self.layers = affine_layers(model)
+        own = [own_gradients(model, layer, inputs, loss_of) for layer in self.layers]
+        columns = torch.stack([flat([part[n] for part in own]) for n in range(len(inputs))], 1)
+        self.fisher = columns @ columns.T / len(inputs) + DAMPING * torch.eye(len(columns)).double()
+        self.gradient = columns.mean(1)
+        self.factors = [dense_factors(model, inputs, layer) for layer in self.layers]
+        blocks = []
+        for a, g in self.factors:
+            pi = (a.diagonal(dim1=1, dim2=2).mean(1) / g.diagonal(dim1=1, dim2=2).mean(1)).sqrt()
+            for group in range(len(a)):
+                damped = [
+                    matrix[group] + scale * DAMPING**0.5 * torch.eye(matrix.shape[1]).double()
+                    for matrix, scale in ((a, pi[group]), (g, 1 / pi[group]))
+                ]
+                blocks.append(torch.linalg.inv(torch.kron(*damped)))
+        self.kfac = torch.block_diag(*blocks)
+        self.zeta = self.kfac @ self.gradient
+
+    def space(self, coarse):
+        """R0, a row for each vector."""
+        sizes = [torch.Size(layer.shape).numel() for layer in self.layers]
+        offsets = torch.tensor([0, *sizes]).cumsum(0)
+        residual = self.gradient - self.fisher @ self.zeta
+        rows = []
+        for order in (1, 2) if coarse.startswith("krylov") else (1,):
+            for i, (a, g) in enumerate(self.factors):
+                part = slice(offsets[i], offsets[i + 1])
+                kfac = self.kfac[part, part]
+                if coarse == "spectral":
+                    lowest = [[torch.linalg.eigh(m)[1][:, 0] for m in pair] for pair in zip(a, g, strict=True)]
+                    vector = torch.cat([torch.kron(*pair) for pair in lowest])
+                elif coarse in ("nicolaides", "krylov"):
+                    vector = torch.linalg.matrix_power(kfac, order - 1) @ torch.ones(sizes[i]).double()
+                else:
+                    vector = torch.linalg.matrix_power(kfac, order) @ residual[part]
+                row = torch.zeros(len(self.gradient)).double()
+                row[part] = vector / vector.abs().max()
+                rows.append(row)
+        return torch.stack(rows)
+
+    def energy(self, delta):
+        error = delta - torch.linalg.solve(self.fisher, self.gradient)
+        return error @ self.fisher @ error
+
+
+def stepped(model, inputs, **options):
+    """The direction of one step."""
+    before = [param.detach().clone() for param in model.parameters()]
+    optimizer = TwoLevelKFAC(model, damping=DAMPING, **PLAIN, **options)
+    loss_of(model(inputs)).mean().backward()
+    optimizer.step()
+    old = iter(before)
+    moved = [layer.joined(*[(next(old) - p.detach()) / 0.1 for p in layer.params]) for layer in affine_layers(model)]
+    return flat(moved), optimizer
+
+
+@over_networks
+@over_spaces
+@pytest.mark.parametrize("weight", [1.0, 0.1])
+def test_the_multiplicative_correction(network, coarse, weight):
+    """delta; R0 F delta = R0 grad; and the energy falls by (2 w - w^2) beta^T F_c beta."""
+    model, inputs = made(network)
+    dense = Dense(model, inputs)
+    space = dense.space(coarse)
+    matrix = space @ dense.fisher @ space.T
+    beta = torch.linalg.solve(matrix, space @ (dense.gradient - dense.fisher @ dense.zeta))
+    delta, optimizer = stepped(model, inputs, coarse=coarse, weight=weight)
+    torch.testing.assert_close(delta, dense.zeta + weight * space.T @ beta, rtol=1e-9, atol=1e-9)
+    change = dense.energy(delta) - dense.energy(dense.zeta)
+    assert change.item() <= 0
+    expected = -(2 * weight - weight**2) * beta @ matrix @ beta
+    torch.testing.assert_close(change, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(optimizer.energy_change, expected, rtol=1e-9, atol=1e-12)
+    if weight == 1.0:
+        torch.testing.assert_close(space @ dense.fisher @ delta, space @ dense.gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_the_additive_correction():
+    """F_c from the sums of covariances between layers, taken pair by pair."""
+    model, inputs = made("linear")
+    dense = Dense(model, inputs)
+    seen, count = {}, len(inputs)
+    for layer in dense.layers:
+        layer.module.register_forward_hook(lambda module, args, output: seen.update({module: (args[0], output)}))
+    outputs = model(inputs)
+    gradients = torch.autograd.grad(loss_of(outputs).sum(), [seen[layer.module][1] for layer in dense.layers])
+    sums = []
+    for layer, g in zip(dense.layers, gradients, strict=True):
+        a = seen[layer.module][0].detach()
+        sums.append((a if layer.bias is None else torch.cat([a, torch.ones(count, 1).double()], 1), g))
+    matrix = DAMPING * torch.eye(3).double()
+    for i, (a, g) in enumerate(sums):
+        for j, (b, h) in enumerate(sums):
+            matrix[i, j] += (a.T @ b / count).sum() * (g.T @ h / count).sum()
+    space = dense.space("nicolaides")
+    beta = torch.linalg.solve(matrix, space @ dense.gradient)
+    delta, optimizer = stepped(model, inputs, form="additive", weight=0.5)
+    torch.testing.assert_close(delta, dense.zeta + 0.5 * space.T @ beta, rtol=1e-9, atol=1e-9)
+    assert optimizer.energy_change is None
+
+
+def test_the_additive_form_pools_locations():
+    """Layers with 6 and 2 locations: F_c is symmetric, positive definite, and on the diagonal sum(A) sum(G)."""
+    model, inputs = made("mixed")
+    _, optimizer = stepped(model, inputs, form="additive")
+    layers = optimizer._together({layer: None for layer in optimizer._layers})
+    from mbf_optim.two_level import Fisher
+
+    fisher = Fisher({layer: optimizer._rows(layer) for layer in layers}, dict.fromkeys(layers, DAMPING))
+    matrix = fisher.kronecker_coarse()
+    torch.testing.assert_close(matrix, matrix.T)
+    assert torch.linalg.eigvalsh(matrix).min() >= DAMPING * (1 - 1e-9)
+    for i in (0, 2):  # layers without groups
+        state = optimizer.state[layers[i].weight]
+        torch.testing.assert_close(matrix[i, i], state["A"].sum() * state["G"].sum() + DAMPING)
+
+
+@pytest.mark.parametrize("form", ["multiplicative", "additive"])
+def test_without_weight_it_is_kfac(form):
+    model, inputs = network_of("mixed")
+    twin = copy.deepcopy(model)
+    for net, optimizer in (
+        (model, TwoLevelKFAC(model, form=form, weight=0.0, **PLAIN)),
+        (twin, KFAC(twin, **PLAIN)),
+    ):
+        loss_of(net(inputs)).mean().backward()
+        optimizer.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_bitwise(a, b)
+
+
+def test_where_kfac_is_exact_nothing_is_corrected():
+    """One linear layer, half the squared error, labels exactly: zeta = F^-1 grad."""
+    torch.manual_seed(0)
+    inputs = randn(6, 4, dtype=torch.float64).repeat_interleave(3, 0)
+    model = nn.Linear(4, 3).double()
+
+    def residual(outputs):
+        return 3**0.5 * torch.eye(3, dtype=outputs.dtype).repeat(6, 1)
+
+    options = PLAIN | dict(distribution=residual, damping=1e-18)
+    optimizer = TwoLevelKFAC(model, **options)
+    before = model.weight.detach().clone()
+    loss_of(model(inputs)).mean().backward()
+    optimizer.step()
+    a = torch.cat([inputs, torch.ones(18, 1).double()], 1)
+    zeta = torch.cat([model.weight.grad, model.bias.grad[:, None]], 1) @ torch.linalg.inv(a.T @ a / 18)
+    torch.testing.assert_close((before - model.weight) / 0.1, zeta[:, :-1], rtol=1e-6, atol=1e-7)  # 1e-18^0.5
+    assert abs(optimizer.energy_change.item()) < 1e-12
+
+
+@over_spaces
+def test_the_energy_falls_at_every_step_of_a_run(coarse):
+    """Also where the statistics are older than the gradient."""
+    model, _ = made("linear")
+    optimizer = TwoLevelKFAC(model, coarse=coarse, lr=0.02, update_interval=3, factor_interval=3)
+    for t in range(12):
+        optimizer.zero_grad()
+        loss_of(model(randn(8, 4, dtype=torch.float64, seed=t))).mean().backward()
+        optimizer.step()
+        assert optimizer.energy_change.item() <= 0
+        assert all(param.isfinite().all() for param in model.parameters())
+
+
+def test_layers_with_other_samples_stay_with_kfac():
+    """A layer that sees the rows of a batch as samples has no scalar with the others."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows, self.last = nn.Linear(4, 3), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.rows(x.flatten(0, 1))).view(len(x), -1))
+
+    torch.manual_seed(0)
+    model, inputs = Net().double(), randn(5, 2, 4, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    for net, optimizer in ((model, TwoLevelKFAC(model, **PLAIN)), (twin, KFAC(twin, **PLAIN))):
+        loss_of(net(inputs)).mean().backward()
+        optimizer.step()
+    assert_bitwise(model.last.weight, twin.last.weight)
+    assert not torch.equal(model.rows.weight, twin.rows.weight)
+
+
+def test_a_resumed_run_has_the_same_bits():
+    def train(model, optimizer, first, steps):
+        for t in range(first, first + steps):
+            optimizer.zero_grad()
+            loss_of(model(randn(8, 4, dtype=torch.float64, seed=t))).mean().backward()
+            optimizer.step()
+
+    model, _ = made("linear")
+    other, _ = made("linear")
+    options = dict(coarse="residual", update_interval=2, factor_interval=4)
+    optimizer, resumed = TwoLevelKFAC(model, **options), TwoLevelKFAC(other, **options)
+    train(model, optimizer, 0, 5)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for net, opt in ((model, optimizer), (other, resumed)):
+        train(net, opt, 5, 5)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert_bitwise(a, b)
+
+
+@pytest.mark.parametrize("bad", [dict(form="both"), dict(coarse="fine"), dict(weight=-1.0), dict(lr=-1.0)], ids=str)
+def test_bad_options_are_refused(bad):
+    with pytest.raises(ValueError, match=f"^TwoLevelKFAC: expected {next(iter(bad))} "):
+        TwoLevelKFAC(nn.Linear(2, 2), **bad)
