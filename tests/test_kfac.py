@@ -303,6 +303,14 @@ def test_drawing_leaves_gradients_alone(distribution):
     assert optimizer.state[model[0].weight]["updates"] == 1
 
 
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_outputs_that_are_not_finite_are_not_drawn_from(distribution):
+    model, inputs = network_of("linear")
+    optimizer = KFAC(model, distribution=distribution, **PLAIN)
+    model(inputs * float("inf")).sum().backward()
+    assert optimizer.state_dict()["state"] == {}
+
+
 def test_drawn_statistics_are_of_the_drawn_residuals():
     """Not of the loss, and not divided by the number of samples."""
     model, inputs = nn.Linear(4, 3).double(), randn(6, 4, dtype=torch.float64)

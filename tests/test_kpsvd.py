@@ -14,7 +14,7 @@ from torch import nn
 
 from mbf_kernels.testing import assert_bitwise, randn
 
-TIGHT = dict(tolerance=0.0)  # then 10 eps
+TIGHT = dict(tolerance=0.0)  # then 100 eps
 
 
 def rows_of(samples, locations, groups=1, p=4, q=3, seed=0):

@@ -114,8 +114,10 @@ class KFAC(LayerwiseOptimizer):
 
     def _decompose(self, state: dict) -> None:
         for name in FACTORS:
-            values, vectors = torch.linalg.eigh(state[name])
-            state[f"{name}_values"], state[f"{name}_vectors"] = values.clamp_min(0), vectors
+            matrix = state[name]
+            values, vectors = torch.linalg.eigh(matrix.double())  # LAPACK's in float32 has given NaN for finite ones
+            state[f"{name}_values"] = values.clamp_min(0).to(matrix.dtype)
+            state[f"{name}_vectors"] = vectors.to(matrix.dtype)
 
     def _direction(self, layer: Affine, gradient: Tensor, group: dict) -> Tensor | None:
         state = self.state[layer.weight] if layer.weight in self.state else {}

@@ -45,7 +45,7 @@ class KPSVD(LayerwiseOptimizer):
             code, which is not the inverse of an indefinite second product.
         floor: of 1 + s2 s1.
         update_interval, factor_interval: the authors' are 100 and 100.
-        tolerance: of the singular pairs, relative to the largest singular value (at least 10 eps).
+        tolerance: of the singular pairs, relative to the largest singular value (at least 100 eps).
         groups, distribution, mean_loss, grad_scaler: see LayerwiseOptimizer.
 
     Source: A. Koroko, A. Anciaux-Sedrakian, I. Ben Gharbia, V. Gares, M. Haddou, Q. H. Tran, "Efficient approximations
@@ -70,7 +70,7 @@ class KPSVD(LayerwiseOptimizer):
         kl_clip: float | None = 1e-2,
         inverse: str = "signed",
         floor: float = 0.1,
-        tolerance: float = 1e-6,
+        tolerance: float = 1e-4,
         groups: Iterable[dict] | None = None,
         distribution: str | Residual | None = None,
         mean_loss: bool = True,
@@ -114,7 +114,7 @@ class KPSVD(LayerwiseOptimizer):
     def _pairs(self, rows: Rows, state: dict, group: dict) -> list[Pair]:
         """Of the batch; iterations start from the averages so far."""
         z, method = Rearranged(rows), group["method"]
-        tolerance = max(group["tolerance"], 10 * torch.finfo(rows.inputs.dtype).eps)
+        tolerance = max(group["tolerance"], 100 * torch.finfo(rows.inputs.dtype).eps)
         starts = [state.get(name) for name in ("S", "S2")]
         if method == "lanczos":
             start = starts[0] if starts[1] is None else starts[0] + starts[1]

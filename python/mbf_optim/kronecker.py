@@ -105,4 +105,6 @@ def _by_kernels(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 def _by_linalg(matrices: Tensor) -> tuple[Tensor, Tensor]:
     lower, info = torch.linalg.cholesky_ex(matrices)
-    return torch.cholesky_inverse(lower), info == 0
+    good = info == 0
+    identity = torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device)
+    return torch.cholesky_inverse(torch.where(good[:, None, None], lower, identity)), good

@@ -170,6 +170,8 @@ class LayerwiseOptimizer(ModelOptimizer):
         """The backward pass of drawn targets, from the model's forward hook."""
         if not (self._capture.active and module.training and torch.is_grad_enabled() and outputs.requires_grad):
             return
+        if not bool(outputs.isfinite().all()):  # no distribution to draw from
+            return
         weights = [layer.weight for layer in self._layers if layer.weight.requires_grad]
         with torch.no_grad():
             residual = self._residual(outputs.detach())
