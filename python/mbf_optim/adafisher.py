@@ -28,10 +28,10 @@ class AdaFisher(ModelOptimizer):
         M   <- beta M + (1 - beta) (grad + weight_decay W)
         W   <- W - lr / (1 - beta^t) M / F          at the t-th step of the tensor
 
-    with minmax(v) = (v - min v) / (max v - min v + 1e-6) over the vector. Linear, Conv1d, Conv2d (all groups have one H),
-    BatchNorm1d, BatchNorm2d and LayerNorm layers have such curvature, for norms (n = 2, gain and shift) of squares of
-    sums: docs/methods.md. Every other tensor, and a layer not yet seen in training, has F = lambda: the step of a layer
-    whose curvature is negligible. ``report()`` tells which.
+    with minmax(v) = (v - min v) / (max v - min v + 1e-6) over the vector. Linear, Conv1d, Conv2d (all groups have one
+    H), BatchNorm1d, BatchNorm2d and LayerNorm layers have such curvature, for norms (n = 2, gain and shift) of squares
+    of sums: docs/methods.md. Every other tensor, and a layer not yet seen in training, has F = lambda: the step of a
+    layer whose curvature is negligible. ``report()`` tells which.
 
     Args:
         model: its parameters are stepped.
@@ -43,19 +43,20 @@ class AdaFisher(ModelOptimizer):
         weight_decay: added to the gradient; see AdaFisherW.
         variant: "official" as in the authors' code, "paper" with the average of the paper. With the former and its
             defaults F is in [lambda, 1.0756 lambda] from the third update on: SGD with momentum, nearly.
-        relative_damping: tau; not of the paper: F = lambda (1 + S H^T / lambda_l), lambda_l = tau times the mean of S H^T
-            of the layer. Curvature then counts at any scale, and no step is longer than lr / lambda times M.
+        relative_damping: tau > 0; ours, not the paper's: F = (lambda / lambda_l) (S H^T + lambda_l), lambda_l = tau
+            times the mean of S H^T over the layer. Curvature then counts at any scale, and no step is longer than
+            lr / lambda along M.
         groups: see ModelOptimizer; H and S go by the options of the weight's group.
         grad_scaler: what scales the loss under autocast.
 
     Statistics that are not finite are skipped, and counted. Raises ValueError or TypeError for an option out of its
     range and for sparse gradients.
 
-    Source: D. Gomes, Y. Zhang, E. Belilovsky, G. Wolf, M. S. Hosseini, "AdaFisher: Adaptive Second Order Optimization via
-    Fisher Information", ICLR 2025. Departures from the authors' code: parameters find their layer by identity, so that
-    none is left unstepped or gets another's F; F = lambda, not 1, for parameters without a layer; one update of H and S
-    in a step, from all its uses of the layer; infinities are not replaced; padding modes and dilation count; a vector
-    has an entry for the bias only where that is trained.
+    Source: D. Gomes, Y. Zhang, E. Belilovsky, G. Wolf, M. S. Hosseini, "AdaFisher: Adaptive Second Order Optimization
+    via Fisher Information", ICLR 2025. Departures from the authors' code: parameters find their layer by identity, so
+    that none is left unstepped or gets another's F; F = lambda, not 1, for parameters without a layer; one update of H
+    and S in a step, from all uses of the layer; infinities are not replaced; padding modes and dilation count; H has an
+    entry for the bias only where that is trained.
     """
 
     _decoupled = False
@@ -186,8 +187,8 @@ class AdaFisher(ModelOptimizer):
 class AdaFisherW(AdaFisher):
     """AdaFisher with weight decay apart from the gradient, as in AdamW::
 
-        M   <- beta M + (1 - beta) grad
-        W   <- W - lr (1 / (1 - beta^t) M / F + weight_decay W)
+    M   <- beta M + (1 - beta) grad
+    W   <- W - lr (1 / (1 - beta^t) M / F + weight_decay W)
     """
 
     _decoupled = True

@@ -71,8 +71,8 @@ def _affine(layer: Affine, uses: Sequence[Use], dtype: torch.dtype, scale: float
 
 
 def _norm(layer: Norm, uses: Sequence[Use], dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor]:
-    """H = [sum_k a_k^2, size of dim 1] / B^2, a_k = sum / T^2 over all but dim 1, T elements of a sample; S = the square
-    of the shift's gradient, / B."""
+    """H = [sum_k a_k^2, size of dim 1] / B^2, with a_k the sum over all dims but 1, / T^2, T the size of dims 2 and on;
+    S = (the shift's gradient)^2 / B."""
     inputs = [layer.batched(use.inputs).to(dtype) for use in uses]
     samples = sum(map(len, inputs))
     sums = [x.transpose(0, 1).flatten(1).sum(1) / math.prod(x.shape[2:]) ** 2 for x in inputs]
