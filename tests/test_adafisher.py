@@ -181,6 +181,19 @@ def test_uses_of_different_lengths():
     torch.testing.assert_close(s, model.bias.grad.square() / 4, **EXACT)
 
 
+@pytest.mark.parametrize("layer", ["linear", "conv2d, groups", "layer norm, vectors", "layer norm, images"])
+def test_a_sample_without_a_batch_dimension_is_a_batch_of_one(layer):
+    model, inputs = layer_of(layer)
+    (known,), capture = watched(model)
+    found = []
+    for x in (inputs[0], inputs[:1]):
+        model(x).sin().sum().backward()
+        found.append(raw_factors(known, capture.uses(model)))
+        capture.clear()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
 def test_the_order_of_samples_does_not_count():
     model, inputs = layer_of("conv2d, groups")
     (known,), capture = watched(model)

@@ -135,5 +135,6 @@ def positive(title: str, name: str, value: object) -> None:
 
 
 def count(title: str, name: str, value: object) -> None:
+    """Raises for what is not an integer >= 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{title}: expected {name} to be an integer >= 1, got {value!r}")
