@@ -129,6 +129,18 @@ def test_shared_modules_in_place_activations_and_checkpoints(checkpointed):
         assert_rows(rows, own_gradients(plain, twin, inputs))
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_in_place_activations_of_every_layer(layer):
+    """Linear gives a view for sequences, and an in-place change drops the hooks of a view."""
+    make, shape = LAYERS[layer]
+    torch.manual_seed(0)
+    inputs = randn(*shape, dtype=torch.float64)
+    model = nn.Sequential(make(), nn.ReLU(inplace=True)).double()
+    (known,), capture = watched(model)
+    loss_of(model(inputs)).backward()
+    assert_rows(known.rows(capture.uses(known.module), True), own_gradients(model, known, inputs))
+
+
 def test_passes_with_different_numbers_of_locations():
     """Shorter samples get rows of zeros; the mean counts what is there."""
     model = nn.Linear(3, 2).double()

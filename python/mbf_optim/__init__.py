@@ -1,8 +1,9 @@
 """Optimizers for PyTorch over the batched kernels of ``mbf_kernels``."""
 
+from .adafisher import AdaFisher, AdaFisherW
 from .kfac import KFAC
 from .kpsvd import KPSVD
 from .mbf import MBF
 from .two_level import TwoLevelKFAC
 
-__all__ = ["KFAC", "KPSVD", "MBF", "TwoLevelKFAC"]
+__all__ = ["KFAC", "KPSVD", "MBF", "AdaFisher", "AdaFisherW", "TwoLevelKFAC"]

@@ -6,9 +6,9 @@ the sample's loss with respect to the output there. [W | b] is the matrix, its b
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,19 +107,28 @@ class Affine:
 
 
 def affine_layers(model: nn.Module, trained: Container[int] | None = None) -> list[Affine]:
-    """Those whose weight and bias no other module holds: the inputs of the other would not be known. ``trained``: the
-    ids of the parameters that count; None: all that require gradients."""
+    return layers_of(model, Affine, (nn.Linear, nn.Conv1d, nn.Conv2d), trained)
+
+
+def layers_of(
+    model: nn.Module, make: Callable, kinds: tuple[type, ...], trained: Container[int] | None = None
+) -> list[Any]:
+    """``make(name, module, weight, bias)`` of the modules of some kinds that have a weight.
+
+    Only those whose weight and bias no other module holds: the inputs of the other would not be known. ``trained``: the
+    ids of the parameters that count; None: all that require gradients.
+    """
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     layers = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+        if isinstance(module, kinds) and module.weight is not None:
             bias = module.bias if module.bias is not None and module.bias.requires_grad else None
             if bias is not None and trained is not None and id(bias) not in trained:
                 bias = None
-            layer = Affine(name, module, module.weight, bias)
+            layer = make(name, module, module.weight, bias)
             single = all(owners[id(parameter)] == 1 for parameter in layer.params)
             if single and (trained is None or id(module.weight) in trained):
                 layers.append(layer)

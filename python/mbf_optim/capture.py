@@ -66,11 +66,22 @@ class Capture:
             return
         inputs, forward_pass = (args[0] if args else kwargs["input"]).detach(), self._forward_pass
 
+        shape = output.shape
+
         def keep(gradients: Tensor) -> None:
             if self.recording:
-                self._uses[module].append(Use(forward_pass, inputs, gradients.detach()))
+                self._uses[module].append(Use(forward_pass, inputs, gradients.detach().reshape(shape)))
 
-        output.register_hook(keep)
+        _unviewed(output).register_hook(keep)
+
+
+def _unviewed(output: Tensor) -> Tensor:
+    """What to hook so that an in-place change of the output does not matter: that would drop the hooks of a view, which
+    Linear gives for sequences."""
+    base = output._base
+    if base is None or base.is_leaf or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
 
 
 def hook(owner: object, register: Callable, method: Callable) -> None:

@@ -114,9 +114,7 @@ def check_range(title: str, options: dict) -> None:
     if options["kl_clip"] is not None:
         number(title, "kl_clip", options["kl_clip"], 0, math.inf)
     for name in ("update_interval", "factor_interval"):
-        value = options[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{title}: expected {name} to be an integer >= 1, got {value!r}")
+        count(title, name, options[name])
 
 
 def number(title: str, name: str, value: object, least: float, below: float) -> None:
@@ -127,3 +125,16 @@ def number(title: str, name: str, value: object, least: float, below: float) -> 
         raise TypeError(f"{title}: expected {name} to be a number, got {value!r}") from None
     if not good:
         raise ValueError(f"{title}: expected {name} in [{least}, {below}), got {value!r}")
+
+
+def positive(title: str, name: str, value: object) -> None:
+    """Raises for what is not in (0, inf)."""
+    number(title, name, value, 0, math.inf)
+    if value == 0:
+        raise ValueError(f"{title}: expected {name} > 0, got {value!r}")
+
+
+def count(title: str, name: str, value: object) -> None:
+    """Raises for what is not an integer >= 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{title}: expected {name} to be an integer >= 1, got {value!r}")

@@ -1,0 +1,205 @@
+"""AdaFisher: Gomes et al. 2025, a diagonal of Kronecker factors in the place of Adam's second moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Capture, Use
+from .diagonal_factors import Layer, known_layers, raw_factors
+from .model_optimizer import ModelOptimizer, count, number, positive
+
+EPSILON = 1e-6  # of the normalization
+AVERAGES: dict[str, Callable[[float], tuple[float, float]]] = {  # what remains of the old, and comes of the new
+    "official": lambda decay: (0.1 * decay, 0.01 * decay),
+    "paper": lambda decay: (decay, 1 - decay),
+}
+
+
+class AdaFisher(ModelOptimizer):
+    """Gradients divided by the diagonal of an approximate Fisher matrix, layer by layer. For W [m, n] with the bias as
+    last column, H [n] and S [m] ones at first::
+
+        H   <- e H + f minmax(mean of h^2)          h: the input, with a 1 appended where there is a bias
+        S   <- e S + f minmax(mean of s^2)          s: the gradient of the loss at the output, as autograd gives it
+        F   = S H^T + lambda                        [m, n]
+        M   <- beta M + (1 - beta) (grad + weight_decay W)
+        W   <- W - lr / (1 - beta^t) M / F          at the t-th step of the tensor
+
+    with minmax(v) = (v - min v) / (max v - min v + 1e-6) over the vector. Linear, Conv1d, Conv2d (all groups have one
+    H), BatchNorm1d, BatchNorm2d and LayerNorm layers have such curvature, for norms (n = 2, gain and shift) of squares
+    of sums: docs/methods.md. Every other tensor, and a layer not yet seen in training, has F = lambda: the step of a
+    layer whose curvature is negligible. ``report()`` tells which.
+
+    Args:
+        model: its parameters are stepped.
+        lr: alpha.
+        beta: of the average M.
+        damping: lambda > 0; lr / lambda is the step along M where there is no curvature.
+        decay: gamma. e = 0.1 gamma, f = 0.01 gamma ("official") or e = gamma, f = 1 - gamma ("paper").
+        update_interval: steps between updates of H and S.
+        weight_decay: added to the gradient; see AdaFisherW.
+        variant: "official" as in the authors' code, "paper" with the average of the paper. With the former and its
+            defaults F is in [lambda, 1.0756 lambda] from the third update on: SGD with momentum, nearly.
+        relative_damping: tau > 0; ours, not the paper's: F = (lambda / lambda_l) (S H^T + lambda_l), lambda_l = tau
+            times the mean of S H^T over the layer. Curvature then counts at any scale, and no step is longer than
+            lr / lambda along M.
+        groups: see ModelOptimizer; H and S go by the options of the weight's group.
+        grad_scaler: what scales the loss under autocast.
+
+    Statistics that are not finite are skipped, and counted. Raises ValueError or TypeError for an option out of its
+    range and for sparse gradients.
+
+    Source: D. Gomes, Y. Zhang, E. Belilovsky, G. Wolf, M. S. Hosseini, "AdaFisher: Adaptive Second Order Optimization
+    via Fisher Information", ICLR 2025. Departures from the authors' code: parameters find their layer by identity, so
+    that none is left unstepped or gets another's F; F = lambda, not 1, for parameters without a layer; one update of H
+    and S in a step, from all uses of the layer; infinities are not replaced; padding modes and dilation count; H has an
+    entry for the bias only where that is trained.
+    """
+
+    _decoupled = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        beta: float = 0.9,
+        damping: float = 1e-3,
+        decay: float = 0.8,
+        update_interval: int = 100,
+        weight_decay: float = 0.0,
+        variant: str = "official",
+        relative_damping: float | None = None,
+        groups: Iterable[dict] | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ):
+        defaults = {
+            "lr": lr, "beta": beta, "damping": damping, "decay": decay, "update_interval": update_interval,
+            "weight_decay": weight_decay, "variant": variant, "relative_damping": relative_damping,
+        }  # fmt: skip
+        super().__init__(model, defaults, groups)
+        self._grad_scaler = grad_scaler
+        self._layers = known_layers(model, self._group_of().keys())
+        self._layer_of = {id(param): layer for layer in self._layers for param in layer.params}
+        self._capture = Capture(model, [layer.module for layer in self._layers])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step for every parameter that has a gradient; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_sparse()
+        self._update_statistics()
+        for group in self.param_groups:
+            self._move(group)
+            group["step"] += 1
+        self._capture.active = any(map(self._due, self.param_groups))
+        return loss
+
+    def _check(self, options: dict) -> None:
+        for name in ("lr", "weight_decay"):
+            number(self._title, name, options[name], 0, float("inf"))
+        for name in ("beta", "decay"):
+            number(self._title, name, options[name], 0, 1)
+        positive(self._title, "damping", options["damping"])
+        if options["relative_damping"] is not None:
+            positive(self._title, "relative_damping", options["relative_damping"])
+        count(self._title, "update_interval", options["update_interval"])
+        if options["variant"] not in AVERAGES:
+            known = ", ".join(AVERAGES)
+            raise ValueError(f"{self._title}: expected variant to be one of {known}, got {options['variant']!r}")
+
+    def _structure(self, layer: Layer) -> tuple[str, int, int]:
+        groups, outputs, n = layer.shape
+        m = groups * outputs
+        return f"H {n}, S {m}", 2, max(n, m)
+
+    @staticmethod
+    def _due(group: dict) -> bool:
+        return group["step"] % group["update_interval"] == 0
+
+    def _update_statistics(self) -> None:
+        group_of = self._group_of()
+        for layer in self._layers:
+            uses, group = self._capture.uses(layer.module), group_of[id(layer.weight)]
+            if uses and self._due(group):
+                self._observe(layer, uses, group)
+        self._capture.clear()
+
+    def _observe(self, layer: Layer, uses: Sequence[Use], group: dict) -> None:
+        state = self.state[layer.weight]
+        new = raw_factors(layer, uses, 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale())
+        if not all(bool(vector.isfinite().all()) for vector in new):
+            state["skipped"] = state.get("skipped", 0) + 1
+            return
+        state["updates"] = state.get("updates", 0) + 1
+        keep, take = AVERAGES[group["variant"]](group["decay"])
+        for name, vector in zip("HS", new, strict=True):
+            old = state[name] if name in state else torch.ones_like(vector)
+            state[name] = keep * old + take * minmax(vector)
+
+    def _move(self, group: dict) -> None:
+        params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return
+        self._average(params, group)
+        if self._decoupled and group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        for param in params:
+            state = self.state[param]
+            rate = group["lr"] / (1 - group["beta"] ** state["step"])
+            curvature = self._curvature(param, group)
+            if curvature is None:
+                param.add_(state["average"], alpha=-rate / group["damping"])
+            else:
+                param.addcdiv_(state["average"], curvature, value=-rate)
+
+    def _average(self, params: list[Tensor], group: dict) -> None:
+        for param in params:
+            state = self.state[param]
+            state["step"] = state.get("step", 0) + 1
+            if "average" not in state:
+                state["average"] = torch.zeros_like(param)
+        averages, new = [self.state[param]["average"] for param in params], 1 - group["beta"]
+        torch._foreach_mul_(averages, group["beta"])
+        torch._foreach_add_(averages, [param.grad for param in params], alpha=new)
+        if group["weight_decay"] and not self._decoupled:
+            torch._foreach_add_(averages, params, alpha=new * group["weight_decay"])
+
+    def _curvature(self, param: Tensor, group: dict) -> Tensor | None:
+        """F, of the shape of the parameter; None: lambda everywhere."""
+        layer = self._layer_of.get(id(param))
+        state = self.state.get(layer.weight, {}) if layer else {}
+        if "updates" not in state:
+            return None
+        h, s = state["H"], state["S"]
+        if group["relative_damping"] is not None:
+            h, s = over_mean(h), over_mean(s) * (group["damping"] / group["relative_damping"])
+        if layer.bias is not None:
+            h = h[-1:] if param is layer.bias else h[:-1]
+        return torch.outer(s, h).view(param.shape).add_(group["damping"])
+
+
+class AdaFisherW(AdaFisher):
+    """AdaFisher with weight decay apart from the gradient, as in AdamW::
+
+    M   <- beta M + (1 - beta) grad
+    W   <- W - lr (1 / (1 - beta^t) M / F + weight_decay W)
+    """
+
+    _decoupled = True
+
+
+def minmax(vector: Tensor) -> Tensor:
+    least, most = vector.aminmax()
+    return (vector - least) / (most - least + EPSILON)
+
+
+def over_mean(vector: Tensor) -> Tensor:
+    """A vector of zeros is the limit of one whose entries are equal: that of a single entry, as its first ones fade."""
+    mean = vector.mean()
+    return torch.where(mean > 0, vector / mean, 1.0)
