@@ -123,9 +123,10 @@ class QuasiNewton(ModelOptimizer):
             self._average(group)
         directions: dict[int, Tensor] = {}
         for layer in self._layers:
-            if "A_inverse" in self.state.get(layer.weight, {}):
+            state = self.state.get(layer.weight, {})
+            if "A_inverse" in state and all(param.grad is not None for param in layer.params):
                 average = layer.joined(*[self.state[param]["momentum_buffer"] for param in layer.params])
-                direction = self._product(self.state[layer.weight], average @ self.state[layer.weight]["A_inverse"])
+                direction = self._product(state, average @ state["A_inverse"])
                 directions |= dict(zip(map(id, layer.params), layer.split(direction), strict=True))
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
@@ -183,6 +184,7 @@ class KBFGS(QuasiNewton):
         H_g  <- BFGS(H_g, s', y')                s', y' = DD(s, y; H_g, 0.2, sqrt(damping)); I at first
         H_a  <- BFGS(H_a, H_a v, (A + sqrt(damping) I) H_a v)  with v = mean abar at W; at first the inverse of
                                                                               A + sqrt(damping) I
+
     where BFGS(H, s, y) is the update of an inverse by a pair, and DD, double damping, makes s'^T y' large enough::
 
         s' = theta s + (1 - theta) H y     theta <= 1 the largest with s'^T y >= 0.2 y^T H y
@@ -224,9 +226,7 @@ class KBFGS(QuasiNewton):
 
     def _start(self, layer: Affine, state: dict) -> None:
         groups, outputs, _ = layer.shape
-        state["G_inverse"] = torch.eye(outputs, dtype=layer.weight.dtype, device=layer.weight.device).repeat(
-            groups, 1, 1
-        )
+        state["G_inverse"] = torch.diag_embed(layer.weight.new_ones(groups, outputs))
 
     def _product(self, state: dict, x: Tensor) -> Tensor:
         return state["G_inverse"] @ x
