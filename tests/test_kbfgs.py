@@ -210,7 +210,9 @@ def test_the_gate():
     h = spd(1, 2)[0]
     for bad in (-y, 0 * y, y * math.nan, y * math.inf, y * 1e-320):
         kept, good = gated_update(h, s, bad, 0 * v)
-        assert not bool(good) and torch.equal(kept, h)
+        assert not bool(good) and torch.equal(kept, h) and not bool(accepts(s, bad, 0 * v))
+    kept, good = gated_update(1e308 * h, s, 1e3 * s, v)
+    assert not bool(good) and torch.equal(kept, 1e308 * h)
 
 
 def test_no_pair_comes_of_a_zero_or_of_the_pole():
@@ -345,6 +347,24 @@ def test_a_grouped_convolution_is_linear_layers_side_by_side(method):
     torch.testing.assert_close(conv.bias, torch.cat([side.bias for side in sides.sides]), **CLOSE)
 
 
+@BOTH
+def test_a_dead_group_leaves_the_others_alone(method):
+    """Its pair is no pair; theirs are."""
+    torch.manual_seed(0)
+    conv, linear = nn.Conv1d(4, 6, 1, groups=2).double(), nn.Linear(2, 3).double()
+    linear.load_state_dict({"weight": conv.weight.detach()[:3, :, 0], "bias": conv.bias.detach()[:3]})
+    whole, alone = method(conv), method(linear)
+    for t in range(5):
+        inputs = vectors(7, 4, 3, seed=t)
+        whole.step(closure_of(conv, whole, inputs, lambda outputs: wavy(outputs[:, :3].mT)))
+        alone.step(closure_of(linear, alone, inputs[:, :2].mT))
+    torch.testing.assert_close(conv.weight[:3, :, 0], linear.weight, **CLOSE)
+    torch.testing.assert_close(conv.bias[:3], linear.bias, **CLOSE)
+    assert [optimizer.report()[0].skipped for optimizer in (whole, alone)] == [5, 0]
+    identity = torch.eye(3).double().expand(2, 3, 3)
+    assert torch.equal(whole._product(whole.state[conv.weight], identity)[1], identity[1])
+
+
 # ---- the second pass
 
 
@@ -386,6 +406,22 @@ def test_the_second_pass_leaves_no_trace(method):
     assert model[1].num_batches_tracked == 2
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_masks_on_a_gpu_are_the_first_passs():
+    model = nn.Sequential(nn.Linear(4, 5), Recorded(), nn.Linear(5, 2)).double().cuda()
+    optimizer, inputs, states = KBFGS(model), vectors(6, 4).cuda(), []
+    plain = closure_of(model, optimizer, inputs)
+
+    def closure():
+        loss = plain()
+        states.append(torch.cuda.get_rng_state())
+        return loss
+
+    optimizer.step(closure)
+    first, second = model[1].seen
+    assert torch.equal(first, second) and torch.equal(torch.cuda.get_rng_state(), states[0])
+
+
 def test_gradients_zeroed_in_place_and_buffers_replaced():
     class Counting(nn.Module):
         def __init__(self):
@@ -413,12 +449,13 @@ def test_gradients_zeroed_in_place_and_buffers_replaced():
     assert model.calls == 2  # the first pass, and the line above
 
 
-def test_a_second_pass_that_fails_leaves_gradients():
+def test_a_second_pass_that_fails_leaves_no_trace_either():
     model, inputs = network(), vectors(6, 4)
     optimizer, calls = KBFGS(model), []
 
     def closure():
         if calls:
+            torch.rand(1)
             raise RuntimeError("no second")
         calls.append(1)
         return closure_of(model, optimizer, inputs)()
@@ -487,6 +524,38 @@ def test_without_damping_a_singular_matrix_has_to_wait():
 
 
 # ---- as an optimizer
+
+
+def test_only_passes_of_the_closure_count():
+    """Not one before it; and it may zero gradients without the optimizer."""
+    model = network()
+    twin = copy.deepcopy(model)
+    for net, optimizer in ((model, KBFGS(model)), (twin, KBFGS(twin))):
+        for t in range(3):
+            inputs = vectors(6, 4, seed=t)
+            closure = closure_of(net, optimizer, inputs)
+            if net is twin:
+                wavy(net(5 * inputs)).mean().backward()
+                closure = closure_of(net, net, inputs)
+            optimizer.step(closure)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_bitwise(a, b)
+
+
+def test_what_has_no_gradient_stays():
+    """Its weight, that has one, steps along the average."""
+    model = network()
+    optimizer, before = KBFGS(model), [param.detach().clone() for param in model.parameters()]
+    plain = closure_of(model, optimizer, vectors(6, 4))
+
+    def closure():
+        loss = plain()
+        model[0].bias.grad = None
+        return loss
+
+    optimizer.step(closure)
+    assert torch.equal(model[0].bias, before[1])
+    torch.testing.assert_close(model[0].weight.detach(), before[0] - 0.3 * 0.1 * model[0].weight.grad, **CLOSE)
 
 
 @BOTH
