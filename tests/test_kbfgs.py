@@ -310,7 +310,7 @@ def test_one_step_of_a_linear_layer_is_least_squares(method):
 
 @BOTH
 def test_a_sum_of_losses_has_the_same_pairs(method):
-    """The gradient is six times the mean's, the first step is with a sixth of lr."""
+    """Six samples: the gradient is six times the mean's, and lr here a sixth."""
     model = network()
     twin = copy.deepcopy(model)
     mean, total = method(model, lr=0.3), method(twin, lr=0.3 / 6, mean_loss=False)
