@@ -1,0 +1,337 @@
+"""K-BFGS and K-BFGS(L): Goldfarb, Ren & Bahamou, NeurIPS 2020."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .affine import Affine, Rows, affine_layers
+from .bfgs import accepts, action_update, double_damping, gated_update, limited_product
+from .capture import Capture
+from .kronecker import damped, gram, inverses
+from .model_optimizer import ModelOptimizer, number
+
+MU1 = 0.2  # of the first of the two dampings
+
+
+class Means(NamedTuple):
+    """Of a layer over samples and locations."""
+
+    inputs: Tensor  # abar, [groups, p]
+    outputs: Tensor  # h = W abar, [groups, q]
+    gradients: Tensor  # g, [groups, q]
+
+
+class QuasiNewton(ModelOptimizer):
+    """What both have in common: all but how H_g is kept. See KBFGS for the method and the arguments."""
+
+    def __init__(self, model: nn.Module, defaults: dict[str, Any], groups: Iterable[dict] | None, mean_loss: bool):
+        super().__init__(model, defaults, groups)
+        self._mean_loss = mean_loss
+        self._layers = affine_layers(model, self._group_of().keys())
+        self._capture = Capture(model, [layer.module for layer in self._layers])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float:
+        """One step for every parameter that has a gradient.
+
+        Args:
+            closure: zeroes gradients, computes the loss of a batch, its gradients, and returns it. Called at W and
+                again at W+: then with the same random numbers (of the CPU and the parameters' CUDA devices), and
+                buffers, such as BatchNorm's, and gradients are put back after.
+
+        Returns the loss at W.
+        """
+        if closure is None:
+            raise TypeError(f"{self._title}: expected step(closure), it evaluates the loss twice")
+        group_of = self._group_of()
+        groups = {layer: group_of[id(layer.weight)] for layer in self._layers}
+        random = _RandomState(param.device for group in self.param_groups for param in group["params"])
+        loss = self._evaluate(closure)
+        self._refuse_sparse()
+        first = {layer: self._observe(layer, groups[layer]) for layer in self._used()}
+        self._move()
+        with random.again(), _untouched(self._model, self.param_groups):
+            self._evaluate(closure)
+        for layer in self._used():
+            if first.get(layer) is not None:
+                self._learn(layer, first[layer], self._means(layer, self._rows(layer)), groups[layer])
+        self._capture.clear()
+        for group in self.param_groups:
+            group["step"] += 1
+        return loss
+
+    # ------------------------------------------------------------------ what makes a method
+
+    @abstractmethod
+    def _start(self, layer: Affine, state: dict) -> None:
+        """H_g = I."""
+
+    @abstractmethod
+    def _product(self, state: dict, x: Tensor) -> Tensor:
+        """H_g X for X [groups, q, c]."""
+
+    @abstractmethod
+    def _take(self, state: dict, s: Tensor, y: Tensor, v: Tensor, group: dict) -> Tensor:
+        """Updates H_g where the pair is accepted; where that was, [groups]."""
+
+    # ------------------------------------------------------------------ the step
+
+    def _evaluate(self, closure: Callable[[], float]) -> float:
+        self._capture.clear()
+        with torch.enable_grad():
+            return closure()
+
+    def _used(self) -> list[Affine]:
+        return [layer for layer in self._layers if self._capture.uses(layer.module)]
+
+    def _rows(self, layer: Affine) -> Rows:
+        return layer.rows(self._capture.uses(layer.module), self._mean_loss)
+
+    def _means(self, layer: Affine, rows: Rows) -> Means:
+        """At the weights as they are. A frozen bias is in no mean of h, and drops out of s."""
+        count = len(rows.inputs) * rows.locations
+        inputs, gradients = rows.inputs.sum((0, 1)) / count, rows.gradients.sum((0, 1)) / count
+        return Means(inputs, (layer.joined(*layer.params) @ inputs[..., None])[..., 0], gradients)
+
+    def _observe(self, layer: Affine, group: dict) -> Means | None:
+        """Updates A; None where nothing can be learned."""
+        rows, state = self._rows(layer), self.state[layer.weight]
+        new = gram(rows.inputs) / len(rows.inputs)
+        if not bool(new.sum().isfinite()):
+            return self._skip(state, len(new))
+        if "A" in state:
+            state["A"] = group["decay"] * state["A"] + (1 - group["decay"]) * new
+        else:
+            inverse, good = inverses([_damped(new, group)])[0]
+            if not bool(good.all()):  # without damping
+                return self._skip(state, len(new))
+            state["A"], state["A_inverse"] = new, inverse
+            self._start(layer, state)
+            state["s"] = state["y"] = new.new_zeros(layer.shape[:2])
+        state["updates"] = state.get("updates", 0) + 1
+        return self._means(layer, rows)
+
+    def _move(self) -> None:
+        for group in self.param_groups:
+            self._average(group)
+        directions: dict[int, Tensor] = {}
+        for layer in self._layers:
+            state = self.state.get(layer.weight, {})
+            if "A_inverse" in state and all(param.grad is not None for param in layer.params):
+                average = layer.joined(*[self.state[param]["momentum_buffer"] for param in layer.params])
+                direction = self._product(state, average @ state["A_inverse"])
+                directions |= dict(zip(map(id, layer.params), layer.split(direction), strict=True))
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            moves = [directions.get(id(param), self.state[param]["momentum_buffer"]) for param in params]
+            if params:
+                torch._foreach_add_(params, moves, alpha=-group["lr"])
+
+    def _average(self, group: dict) -> None:
+        params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return
+        for param in params:
+            if "momentum_buffer" not in self.state[param]:
+                self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+        buffers, gradients = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
+        if group["weight_decay"]:
+            gradients = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+
+    def _learn(self, layer: Affine, first: Means, second: Means, group: dict) -> None:
+        """Updates H_a and H_g, from the means at W and at W+."""
+        state, decay = self.state[layer.weight], group["decay"]
+        state["A_inverse"], good = action_update(state["A_inverse"], _damped(state["A"], group), first.inputs)
+        self._skip(state, int((~good).sum()))
+        pair = second.outputs - first.outputs, second.gradients - first.gradients
+        if not all(bool(vector.sum().isfinite()) for vector in pair):
+            return self._skip(state, len(good))
+        for name, vector in zip("sy", pair, strict=True):
+            state[name] = decay * state[name] + (1 - decay) * vector
+        product = self._product(state, state["y"][..., None])[..., 0]
+        s, y = double_damping(state["s"], state["y"], product, MU1, group["damping"] ** 0.5)
+        good = self._take(state, s, y, first.gradients, group)
+        self._skip(state, int((~good).sum()))
+
+    @staticmethod
+    def _skip(state: dict, count: int) -> None:
+        state["skipped"] = state.get("skipped", 0) + count
+
+    def _check(self, options: dict) -> None:
+        for name in ("lr", "weight_decay"):
+            number(self._title, name, options[name], 0, math.inf)
+        for name in ("damping", "decay", "momentum"):
+            number(self._title, name, options[name], 0, 1)
+
+
+class KBFGS(QuasiNewton):
+    """Kronecker-factored quasi-Newton steps, layer by layer, from two gradients of every batch. For W [q, p] with the
+    bias as last column, abar the input with a 1 appended, h = W abar, g the gradient of a sample's own loss by h::
+
+        M    <- momentum M + (1 - momentum) (grad + weight_decay W)
+        A    <- decay A + (1 - decay) (1/m) sum_n sum_t abar abar^T           the first batch's at first
+        W+   <- W - lr H_g M H_a
+        s    <- decay s + (1 - decay) (mean h at W+ - mean h at W)            on the same batch
+        y    <- decay y + (1 - decay) (mean g at W+ - mean g at W)
+        H_g  <- BFGS(H_g, s', y')                s', y' = DD(s, y; H_g, 0.2, sqrt(damping)); I at first
+        H_a  <- BFGS(H_a, H_a v, (A + sqrt(damping) I) H_a v)  with v = mean abar at W; at first the inverse of
+                                                                              A + sqrt(damping) I
+
+    where BFGS(H, s, y) is the update of an inverse by a pair, and DD, double damping, makes s'^T y' large enough::
+
+        s' = theta s + (1 - theta) H y     theta <= 1 the largest with s'^T y >= 0.2 y^T H y
+        y' = theta y + (1 - theta) s'      theta <= 1 the largest with s'^T y' >= sqrt(damping) s'^T s'
+
+    A pair with s^T y <= 1e-4 s^T s |v|, v the mean of g or abar at W, or whose update is not finite, is skipped and
+    counted. Linear, Conv1d and Conv2d layers have such curvature, means of theirs go over locations too (grouped
+    convolutions have one for each group); all else steps along M. ``report()`` tells which.
+
+    Args:
+        model: its parameters are stepped.
+        lr: alpha.
+        damping: lambda; < 1, or the second damping would divide by zero.
+        decay: of the averages of A, s and y.
+        momentum: of the average of gradients.
+        weight_decay: added to gradients as that of weight_decay / 2 |W|^2; s and y are of the loss alone.
+        groups: see ModelOptimizer. A bias that joins a weight may be in another group: curvature goes by the weight's.
+        mean_loss: whether the loss is a mean over the samples, or their sum.
+
+    Raises ValueError or TypeError for an option out of its range, for sparse gradients and for a step without closure.
+
+    Source: D. Goldfarb, Y. Ren, A. Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural Networks",
+    NeurIPS 2020. There A starts as an average over an epoch, and all layers are linear.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 0.3,
+        damping: float = 0.3,
+        decay: float = 0.9,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        groups: Iterable[dict] | None = None,
+        mean_loss: bool = True,
+    ):
+        options = {"lr": lr, "damping": damping, "decay": decay, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(model, options, groups, mean_loss)
+
+    def _start(self, layer: Affine, state: dict) -> None:
+        groups, outputs, _ = layer.shape
+        state["G_inverse"] = torch.diag_embed(layer.weight.new_ones(groups, outputs))
+
+    def _product(self, state: dict, x: Tensor) -> Tensor:
+        return state["G_inverse"] @ x
+
+    def _take(self, state: dict, s: Tensor, y: Tensor, v: Tensor, group: dict) -> Tensor:
+        state["G_inverse"], good = gated_update(state["G_inverse"], s, y, v)
+        return good
+
+    def _structure(self, layer: Affine) -> tuple[str, int, int]:
+        groups, outputs, inputs = layer.shape
+        return f"H_a {inputs}x{inputs}, H_g {outputs}x{outputs}", 2 * groups, max(outputs, inputs)
+
+
+class KBFGSL(QuasiNewton):
+    """K-BFGS with H_g of limited memory: what the last pairs make of I, never formed. For large outputs: 2 memory q
+    numbers in place of q^2.
+
+    A group of a grouped convolution that did not accept a pair which others did has zeros for it, no pair.
+
+    Args:
+        memory: pairs, at most; the oldest one goes. With as many as steps, the iterates are those of KBFGS.
+        all others: see KBFGS. Errors and source as there; there too is the closure that a step needs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 0.3,
+        damping: float = 0.3,
+        decay: float = 0.9,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        groups: Iterable[dict] | None = None,
+        mean_loss: bool = True,
+        memory: int = 100,
+    ):
+        options = {"lr": lr, "damping": damping, "decay": decay, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(model, options | {"memory": memory}, groups, mean_loss)
+
+    def _start(self, layer: Affine, state: dict) -> None:
+        groups, outputs, _ = layer.shape
+        state["S"] = state["Y"] = layer.weight.new_zeros(groups, 0, outputs)
+
+    def _product(self, state: dict, x: Tensor) -> Tensor:
+        return limited_product(state["S"], state["Y"], x)
+
+    def _take(self, state: dict, s: Tensor, y: Tensor, v: Tensor, group: dict) -> Tensor:
+        good = accepts(s, y, v)
+        if bool(good.any()):
+            for name, vector in (("S", s), ("Y", y)):
+                row = torch.where(good[:, None], vector, 0)[:, None]
+                state[name] = torch.cat([state[name], row], 1)[:, -group["memory"] :]
+        return good
+
+    def _structure(self, layer: Affine) -> tuple[str, int, int]:
+        groups, _, inputs = layer.shape
+        memory = self._group_of()[id(layer.weight)]["memory"]
+        return f"H_a {inputs}x{inputs}, H_g of {memory} pairs", groups, inputs
+
+    def _check(self, options: dict) -> None:
+        super()._check(options)
+        memory = options["memory"]
+        if not isinstance(memory, int) or isinstance(memory, bool) or memory < 1:
+            raise ValueError(f"{self._title}: expected memory to be an integer >= 1, got {memory!r}")
+
+
+def _damped(a: Tensor, group: dict) -> Tensor:
+    """A + sqrt(lambda) I."""
+    return damped(a, a.new_full((len(a),), group["damping"] ** 0.5))
+
+
+class _RandomState:
+    """Of the CPU and of CUDA devices, when it was made."""
+
+    def __init__(self, devices: Iterable[torch.device]):
+        self._devices = sorted({device for device in devices if device.type == "cuda"}, key=str)
+        self._states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices)]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, random numbers are drawn from then on; afterwards, as if none had been."""
+        with torch.random.fork_rng(self._devices):
+            torch.set_rng_state(self._states[0])
+            for device, state in zip(self._devices, self._states[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
+@contextmanager
+def _untouched(model: nn.Module, groups: list[dict]) -> Iterator[None]:
+    """Afterwards buffers and gradients are what they were, though a pass writes to them or puts others in their place.
+    Inside there are no gradients at first."""
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    params = [*model.parameters(), *(param for group in groups for param in group["params"])]
+    gradients = [param.grad for param in params]
+    for param in params:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in buffers:
+            setattr(module, name, buffer.copy_(value))
+        for param, gradient in zip(params, gradients, strict=True):
+            param.grad = gradient
