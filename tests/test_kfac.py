@@ -463,7 +463,7 @@ def test_bad_options_are_refused(name):
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="^KFAC: expected damping to be positive"):
+    with pytest.raises(ValueError, match="^KFAC: expected damping > 0"):
         KFAC(nn.Linear(2, 2), damping=0.0, damping_form="exact")
     with pytest.raises(TypeError, match="^KFAC: expected lr to be a number"):
         KFAC(nn.Linear(2, 2), lr="fast")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .affine import Affine, Rows
 from .kronecker import factors, split_damping, update_inverses
 from .layerwise import LayerwiseOptimizer
-from .model_optimizer import check_range, number
+from .model_optimizer import check_range, number, positive
 from .sampling import Residual
 
 FORMS = ("factored", "unbalanced", "exact")
@@ -80,9 +80,9 @@ class KFAC(LayerwiseOptimizer):
     def _check(self, options: dict) -> None:
         check_range(self._title, options)
         number(self._title, "damping", options["damping"], 0, math.inf)
+        if options["damping_form"] == "exact":  # eigenvalues may be zero
+            positive(self._title, "damping", options["damping"])
         number(self._title, "decay", options["decay"], 0, 1)
-        if options["damping_form"] == "exact" and options["damping"] == 0:
-            raise ValueError(f'{self._title}: expected damping to be positive with damping_form="exact", got 0')
         if options["damping_form"] not in FORMS:
             raise ValueError(
                 f"{self._title}: expected damping_form to be one of {', '.join(FORMS)}, got {options['damping_form']!r}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .affine import Affine, Rows
 from .kronecker import factors, split_damping, update_inverses, whitened
 from .layerwise import LayerwiseOptimizer
-from .model_optimizer import check_range, number
+from .model_optimizer import check_range, number, positive
 from .rearranged import Pair, Rearranged, dot, norm, top_pair, two_pairs
 from .sampling import Residual
 
@@ -85,10 +85,8 @@ class KPSVD(LayerwiseOptimizer):
 
     def _check(self, options: dict) -> None:
         check_range(self._title, options)
-        number(self._title, "damping", options["damping"], 0, math.inf)
+        positive(self._title, "damping", options["damping"])
         number(self._title, "decay", options["decay"], 0, 1)
-        if options["damping"] == 0:
-            raise ValueError(f"{self._title}: expected damping to be positive, got 0")
         for name in ("floor", "tolerance"):
             number(self._title, name, options[name], 0, math.inf)
         for name, known in (("method", METHODS), ("inverse", FORMS)):
