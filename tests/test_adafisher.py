@@ -11,6 +11,7 @@ import torch
 from mbf_optim import AdaFisher, AdaFisherW
 from mbf_optim.capture import Capture
 from mbf_optim.diagonal_factors import known_layers, raw_factors
+from test_capture import LAYERS as AFFINE
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,22 +33,8 @@ PINNED = {  # made with the authors' code
         [-0.2027032027027101, 0.2487572333065615],
     ),
 }
-LAYERS = {
-    "linear": (lambda: nn.Linear(5, 3), (4, 5)),
-    "linear, no bias": (lambda: nn.Linear(5, 3, bias=False), (4, 5)),
-    "linear, sequences": (lambda: nn.Linear(5, 3), (4, 6, 5)),
-    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2), (4, 4, 11)),
-    "conv1d, groups": (lambda: nn.Conv1d(4, 6, 3, groups=2, bias=False), (4, 4, 7)),
-    "conv2d": (lambda: nn.Conv2d(2, 3, 3), (4, 2, 6, 5)),
-    "conv2d, stride": (lambda: nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 0)), (4, 2, 6, 5)),
-    "conv2d, dilation": (lambda: nn.Conv2d(2, 3, 2, dilation=(2, 3), padding=2), (4, 2, 6, 5)),
-    "conv2d, groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 4, 5, 5)),
-    "conv2d, depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), (4, 4, 5, 5)),
-    "conv2d, same": (lambda: nn.Conv2d(2, 3, (1, 3), padding="same"), (4, 2, 6, 5)),
-    **{
-        f"conv2d, {mode}": (lambda mode=mode: nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode=mode), (4, 2, 6, 5))
-        for mode in ("reflect", "replicate", "circular")
-    },
+LAYERS = {name: case for name, case in AFFINE.items() if name != "conv2d, valid"} | {  # words for paddings: one will do
+    "conv2d, same": (lambda: nn.Conv2d(2, 3, (1, 3), padding="same"), (4, 2, 6, 5)),  # the loops pad both sides alike
     "batch norm, vectors": (lambda: nn.BatchNorm1d(4), (5, 4)),
     "batch norm, sequences": (lambda: nn.BatchNorm1d(4), (5, 4, 3)),
     "batch norm, images": (lambda: nn.BatchNorm2d(4), (5, 4, 3, 2)),

@@ -339,7 +339,7 @@ def test_statistics_that_are_not_finite_are_skipped():
     assert [row.skipped for row in optimizer.report()] == [1, 1]
 
 
-BAD = {"method": "svd", "inverse": "both", "floor": -1.0, "tolerance": float("nan"), "damping": 0.0, "decay": 2.0}
+BAD = {"method": "svd", "inverse": "both", "floor": 0.0, "tolerance": float("nan"), "damping": 0.0, "decay": 2.0}
 
 
 @pytest.mark.parametrize("name", BAD)

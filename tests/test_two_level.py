@@ -6,7 +6,7 @@ import pytest
 import torch
 from mbf_optim import KFAC, TwoLevelKFAC
 from mbf_optim.affine import affine_layers
-from mbf_optim.two_level import SPACES
+from mbf_optim.two_level import SPACES, Fisher
 from test_capture import own_gradients
 from test_kfac import PLAIN, dense_factors, loss_of, network_of, vec
 from torch import nn
@@ -149,8 +149,6 @@ def test_the_additive_form_pools_locations():
     model, inputs = made("mixed")
     _, optimizer = stepped(model, inputs, form="additive")
     layers = optimizer._together({layer: None for layer in optimizer._layers})
-    from mbf_optim.two_level import Fisher
-
     fisher = Fisher({layer: optimizer._rows(layer) for layer in layers}, dict.fromkeys(layers, DAMPING))
     matrix = fisher.kronecker_coarse()
     torch.testing.assert_close(matrix, matrix.T)

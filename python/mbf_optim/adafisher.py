@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .affine import Affine
 from .capture import Capture, Use
-from .diagonal_factors import Layer, known_layers, raw_factors
+from .diagonal_factors import Norm, known_layers, raw_factors
 from .model_optimizer import ModelOptimizer, count, number, positive
 
 EPSILON = 1e-6  # of the normalization
@@ -88,16 +89,12 @@ class AdaFisher(ModelOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step for every parameter that has a gradient; returns the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._refuse_sparse()
+        loss = self._evaluated(closure)
         self._update_statistics()
         for group in self.param_groups:
             self._move(group)
             group["step"] += 1
-        self._capture.active = any(map(self._due, self.param_groups))
+        self._capture.active = any(self._due(group, "update_interval") for group in self.param_groups)
         return loss
 
     def _check(self, options: dict) -> None:
@@ -113,24 +110,20 @@ class AdaFisher(ModelOptimizer):
             known = ", ".join(AVERAGES)
             raise ValueError(f"{self._title}: expected variant to be one of {known}, got {options['variant']!r}")
 
-    def _structure(self, layer: Layer) -> tuple[str, int, int]:
+    def _structure(self, layer: Affine | Norm) -> tuple[str, int, int]:
         groups, outputs, n = layer.shape
         m = groups * outputs
         return f"H {n}, S {m}", 2, max(n, m)
-
-    @staticmethod
-    def _due(group: dict) -> bool:
-        return group["step"] % group["update_interval"] == 0
 
     def _update_statistics(self) -> None:
         group_of = self._group_of()
         for layer in self._layers:
             uses, group = self._capture.uses(layer.module), group_of[id(layer.weight)]
-            if uses and self._due(group):
+            if uses and self._due(group, "update_interval"):
                 self._observe(layer, uses, group)
         self._capture.clear()
 
-    def _observe(self, layer: Layer, uses: Sequence[Use], group: dict) -> None:
+    def _observe(self, layer: Affine | Norm, uses: Sequence[Use], group: dict) -> None:
         state = self.state[layer.weight]
         new = raw_factors(layer, uses, 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale())
         if not all(bool(vector.isfinite().all()) for vector in new):

@@ -6,9 +6,9 @@ the sample's loss with respect to the output there. [W | b] is the matrix, its b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ class Rows(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Affine:
-    """A Linear, Conv1d or Conv2d. ``bias``: None also where it is frozen."""
+class Layer:
+    """A module with a weight. ``bias``: None also where it is frozen."""
 
     name: str
     module: nn.Module
@@ -37,6 +37,10 @@ class Affine:
     @property
     def params(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+
+class Affine(Layer):
+    """A Linear, Conv1d or Conv2d."""
 
     @property
     def groups(self) -> int:
@@ -106,14 +110,17 @@ class Affine:
         return gradients.flatten(2).unflatten(1, (self.groups, -1)).permute(0, 3, 1, 2)
 
 
+Kind = TypeVar("Kind", bound=Layer)
+
+
 def affine_layers(model: nn.Module, trained: Container[int] | None = None) -> list[Affine]:
     return layers_of(model, Affine, (nn.Linear, nn.Conv1d, nn.Conv2d), trained)
 
 
 def layers_of(
-    model: nn.Module, make: Callable, kinds: tuple[type, ...], trained: Container[int] | None = None
-) -> list[Any]:
-    """``make(name, module, weight, bias)`` of the modules of some kinds that have a weight.
+    model: nn.Module, make: type[Kind], kinds: tuple[type, ...], trained: Container[int] | None = None
+) -> list[Kind]:
+    """Of the modules of some kinds that have a weight.
 
     Only those whose weight and bias no other module holds: the inputs of the other would not be known. ``trained``: the
     ids of the parameters that count; None: all that require gradients.

@@ -65,7 +65,6 @@ class Capture:
         if not (self.active and trains and torch.is_grad_enabled()):
             return
         inputs, forward_pass = (args[0] if args else kwargs["input"]).detach(), self._forward_pass
-
         shape = output.shape
 
         def keep(gradients: Tensor) -> None:

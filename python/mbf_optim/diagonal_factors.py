@@ -8,28 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .affine import Affine, affine_layers, layers_of
+from .affine import Affine, Layer, affine_layers, layers_of
 from .capture import Use
 
 
-@dataclass(frozen=True, eq=False)
-class Norm:
-    """A BatchNorm1d, BatchNorm2d or LayerNorm with a gain. ``bias``: None also where it is frozen."""
-
-    name: str
-    module: nn.Module
-    weight: Tensor
-    bias: Tensor | None
-
-    @property
-    def params(self) -> list[Tensor]:
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
+class Norm(Layer):
+    """A BatchNorm1d, BatchNorm2d or LayerNorm with a gain."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -46,15 +35,12 @@ class Norm:
         return (tensor.movedim(1, -1) if channels_first else tensor).reshape(-1, self.weight.numel())
 
 
-Layer = Affine | Norm
-
-
-def known_layers(model: nn.Module, trained: Container[int]) -> list[Layer]:
+def known_layers(model: nn.Module, trained: Container[int]) -> list[Affine | Norm]:
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
     return affine_layers(model, trained) + layers_of(model, Norm, norms, trained)
 
 
-def raw_factors(layer: Layer, uses: Sequence[Use], scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def raw_factors(layer: Affine | Norm, uses: Sequence[Use], scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """H [n], that of the bias last, and S [m]. ``scale``: of the loss. In float32 at least: squares overflow early."""
     factors = _affine if isinstance(layer, Affine) else _norm
     return factors(layer, uses, torch.promote_types(layer.weight.dtype, torch.float32), scale)

@@ -15,7 +15,7 @@ from .affine import Affine, Rows, affine_layers
 from .bfgs import accepts, action_update, double_damping, gated_update, limited_product
 from .capture import Capture
 from .kronecker import damped, gram, inverses
-from .model_optimizer import ModelOptimizer, number
+from .model_optimizer import ModelOptimizer, count, number
 
 MU1 = 0.2  # of the first of the two dampings
 
@@ -53,12 +53,11 @@ class QuasiNewton(ModelOptimizer):
         group_of = self._group_of()
         groups = {layer: group_of[id(layer.weight)] for layer in self._layers}
         random = _RandomState(param.device for group in self.param_groups for param in group["params"])
-        loss = self._evaluate(closure)
-        self._refuse_sparse()
+        loss = self._evaluated(closure)
         first = {layer: self._observe(layer, groups[layer]) for layer in self._used()}
         self._move()
         with random.again(), _untouched(self._model, self.param_groups):
-            self._evaluate(closure)
+            self._evaluated(closure)
         for layer in self._used():
             if first.get(layer) is not None:
                 self._learn(layer, first[layer], self._means(layer, self._rows(layer)), groups[layer])
@@ -83,10 +82,9 @@ class QuasiNewton(ModelOptimizer):
 
     # ------------------------------------------------------------------ the step
 
-    def _evaluate(self, closure: Callable[[], float]) -> float:
+    def _evaluated(self, closure: Callable[[], float]) -> float:
         self._capture.clear()
-        with torch.enable_grad():
-            return closure()
+        return super()._evaluated(closure)
 
     def _used(self) -> list[Affine]:
         return [layer for layer in self._layers if self._capture.uses(layer.module)]
@@ -96,8 +94,8 @@ class QuasiNewton(ModelOptimizer):
 
     def _means(self, layer: Affine, rows: Rows) -> Means:
         """At the weights as they are. A frozen bias is in no mean of h, and drops out of s."""
-        count = len(rows.inputs) * rows.locations
-        inputs, gradients = rows.inputs.sum((0, 1)) / count, rows.gradients.sum((0, 1)) / count
+        total = len(rows.inputs) * rows.locations
+        inputs, gradients = rows.inputs.sum((0, 1)) / total, rows.gradients.sum((0, 1)) / total
         return Means(inputs, (layer.joined(*layer.params) @ inputs[..., None])[..., 0], gradients)
 
     def _observe(self, layer: Affine, group: dict) -> Means | None:
@@ -162,8 +160,8 @@ class QuasiNewton(ModelOptimizer):
         self._skip(state, int((~good).sum()))
 
     @staticmethod
-    def _skip(state: dict, count: int) -> None:
-        state["skipped"] = state.get("skipped", 0) + count
+    def _skip(state: dict, groups: int) -> None:
+        state["skipped"] = state.get("skipped", 0) + groups
 
     def _check(self, options: dict) -> None:
         for name in ("lr", "weight_decay"):
@@ -288,9 +286,7 @@ class KBFGSL(QuasiNewton):
 
     def _check(self, options: dict) -> None:
         super()._check(options)
-        memory = options["memory"]
-        if not isinstance(memory, int) or isinstance(memory, bool) or memory < 1:
-            raise ValueError(f"{self._title}: expected memory to be an integer >= 1, got {memory!r}")
+        count(self._title, "memory", options["memory"])
 
 
 def _damped(a: Tensor, group: dict) -> Tensor:

@@ -120,7 +120,7 @@ class KFAC(LayerwiseOptimizer):
             state[f"{name}_vectors"] = vectors.to(matrix.dtype)
 
     def _direction(self, layer: Affine, gradient: Tensor, group: dict) -> Tensor | None:
-        state = self.state[layer.weight] if layer.weight in self.state else {}
+        state = self.state.get(layer.weight, {})
         if "A_values" in state and (group["damping_form"] == "exact" or "A_inverse" not in state):
             a, g = state["A_vectors"], state["G_vectors"]
             spectrum = state["G_values"][:, :, None] * state["A_values"][:, None] + group["damping"]

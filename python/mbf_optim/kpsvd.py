@@ -43,7 +43,7 @@ class KPSVD(LayerwiseOptimizer):
         method: see above.
         inverse: "signed" as above, exact where the floor is not reached; "absolute": 1 + |s2| |s1|^T, the authors'
             code, which is not the inverse of an indefinite second product.
-        floor: of 1 + s2 s1.
+        floor: of 1 + s2 s1; > 0.
         update_interval, factor_interval: the authors' are 100 and 100.
         tolerance: of the singular pairs, relative to the largest singular value (at least 100 eps).
         groups, distribution, mean_loss, grad_scaler: see LayerwiseOptimizer.
@@ -87,8 +87,8 @@ class KPSVD(LayerwiseOptimizer):
         check_range(self._title, options)
         positive(self._title, "damping", options["damping"])
         number(self._title, "decay", options["decay"], 0, 1)
-        for name in ("floor", "tolerance"):
-            number(self._title, name, options[name], 0, math.inf)
+        positive(self._title, "floor", options["floor"])
+        number(self._title, "tolerance", options["tolerance"], 0, math.inf)
         for name, known in (("method", METHODS), ("inverse", FORMS)):
             if options[name] not in known:
                 raise ValueError(
@@ -140,7 +140,7 @@ class KPSVD(LayerwiseOptimizer):
         update_inverses(single, FIRST, dampings)
 
     def _direction(self, layer: Affine, gradient: Tensor, group: dict) -> Tensor | None:
-        state = self.state[layer.weight] if layer.weight in self.state else {}
+        state = self.state.get(layer.weight, {})
         if "K1" in state:
             spectrum, k1, k2 = state["spectrum"], state["K1"], state["K2"]
             signed = group["inverse"] == "signed"
@@ -152,7 +152,7 @@ class KPSVD(LayerwiseOptimizer):
 
     def _structure(self, layer: Affine) -> tuple[str, int, int]:
         groups, outputs, inputs = layer.shape
-        state = self.state[layer.weight] if layer.weight in self.state else {}
+        state = self.state.get(layer.weight, {})
         terms = 2 if SECOND[0] in state else 1
         return f"{terms} x ({inputs}x{inputs}, {outputs}x{outputs})", 2 * terms * groups, max(outputs, inputs)
 

@@ -59,11 +59,7 @@ class LayerwiseOptimizer(ModelOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step for every parameter that has a gradient; returns the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._refuse_sparse()
+        loss = self._evaluated(closure)
         group_of = self._group_of()
         groups = {id(layer): group_of[id(layer.weight)] for layer in self._layers}
         stepping = [layer for layer in self._layers if all(param.grad is not None for param in layer.params)]
@@ -91,10 +87,6 @@ class LayerwiseOptimizer(ModelOptimizer):
         """Of a gradient [groups, q, p]; None where there are no statistics yet."""
 
     # ------------------------------------------------------------------ the step
-
-    @staticmethod
-    def _due(group: dict, interval: str) -> bool:
-        return group["step"] % group[interval] == 0
 
     def _update_statistics(self, layers: list[Affine], groups: dict[int, dict]) -> None:
         changed = []

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .affine import Layer
 from .capture import Capture
 from .report import Report, Row
 
@@ -26,7 +27,7 @@ class ModelOptimizer(Optimizer):
         groups: param groups of parameters of the model; None: one of all.
     """
 
-    _layers: list
+    _layers: list[Layer]
     _capture: Capture
 
     def __init__(self, model: nn.Module, defaults: dict[str, Any], groups: Iterable[dict] | None):
@@ -38,7 +39,7 @@ class ModelOptimizer(Optimizer):
         """Raises ValueError or TypeError for an option out of its range."""
 
     @abstractmethod
-    def _structure(self, layer: Any) -> tuple[str, int, int]:
+    def _structure(self, layer: Layer) -> tuple[str, int, int]:
         """For the report: in words, the number of matrices and the size of the largest."""
 
     def add_param_group(self, param_group: dict) -> None:
@@ -83,14 +84,27 @@ class ModelOptimizer(Optimizer):
         """By parameter."""
         return {id(param): group for group in self.param_groups for param in group["params"]}
 
+    @staticmethod
+    def _due(group: dict, interval: str) -> bool:
+        return group["step"] % group[interval] == 0
+
+    def _evaluated(self, closure: Callable[[], float] | None) -> float | None:
+        """The closure's loss, if there is one, with gradients that are dense from here on."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_sparse()
+        return loss
+
     def _refuse_sparse(self) -> None:
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None and param.grad.layout != torch.strided:
                     raise TypeError(f"{self._title}: expected dense gradients, got layout {param.grad.layout}")
 
-    def _row(self, group: dict, param: Tensor, name: str, layer: Any) -> Row:
-        state = self.state[param] if param in self.state else {}
+    def _row(self, group: dict, param: Tensor, name: str, layer: Layer | None) -> Row:
+        state = self.state.get(param, {})
         seen = layer is not None and ("updates" in state or group["step"] == 0)
         params = layer.params if layer else [param]
         states = [self.state[p] for p in params if p in self.state]

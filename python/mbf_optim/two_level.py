@@ -107,8 +107,8 @@ class TwoLevelKFAC(KFAC):
             matrix = fisher.coarse(space)
         beta, good = _solved(matrix, torch.stack([(c.vector * right[c.layer]).sum() for c in space]))
         corrected = dict(zeta)
-        for factor_, c in zip(beta, space, strict=True):
-            corrected[c.layer] = corrected[c.layer] + options["weight"] * factor_ * c.vector
+        for amount, c in zip(beta, space, strict=True):
+            corrected[c.layer] = corrected[c.layer] + options["weight"] * amount * c.vector
         good = good & (sum((corrected[layer] * gradient[layer]).sum() for layer in together) > 0)
         self.energy_change = None
         if options["form"] == "multiplicative":
