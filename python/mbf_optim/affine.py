@@ -26,7 +26,7 @@ class Rows(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class ModuleLayer:
     """A module with a weight. ``bias``: None also where it is frozen."""
 
     name: str
@@ -39,7 +39,7 @@ class Layer:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
 
-class Affine(Layer):
+class Affine(ModuleLayer):
     """A Linear, Conv1d or Conv2d."""
 
     @property
@@ -110,7 +110,7 @@ class Affine(Layer):
         return gradients.flatten(2).unflatten(1, (self.groups, -1)).permute(0, 3, 1, 2)
 
 
-Kind = TypeVar("Kind", bound=Layer)
+Kind = TypeVar("Kind", bound=ModuleLayer)
 
 
 def affine_layers(model: nn.Module, trained: Container[int] | None = None) -> list[Affine]:

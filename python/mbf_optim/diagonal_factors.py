@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .affine import Affine, Layer, affine_layers, layers_of
+from .affine import Affine, ModuleLayer, affine_layers, layers_of
 from .capture import Use
 
 
-class Norm(Layer):
+class Norm(ModuleLayer):
     """A BatchNorm1d, BatchNorm2d or LayerNorm with a gain."""
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .affine import Layer
+from .affine import ModuleLayer
 from .capture import Capture
 from .report import Report, Row
 
@@ -27,7 +27,7 @@ class ModelOptimizer(Optimizer):
         groups: param groups of parameters of the model; None: one of all.
     """
 
-    _layers: list[Layer]
+    _layers: list[ModuleLayer]
     _capture: Capture
 
     def __init__(self, model: nn.Module, defaults: dict[str, Any], groups: Iterable[dict] | None):
@@ -39,7 +39,7 @@ class ModelOptimizer(Optimizer):
         """Raises ValueError or TypeError for an option out of its range."""
 
     @abstractmethod
-    def _structure(self, layer: Layer) -> tuple[str, int, int]:
+    def _structure(self, layer: ModuleLayer) -> tuple[str, int, int]:
         """For the report: in words, the number of matrices and the size of the largest."""
 
     def add_param_group(self, param_group: dict) -> None:
@@ -103,7 +103,7 @@ class ModelOptimizer(Optimizer):
                 if param.grad is not None and param.grad.layout != torch.strided:
                     raise TypeError(f"{self._title}: expected dense gradients, got layout {param.grad.layout}")
 
-    def _row(self, group: dict, param: Tensor, name: str, layer: Layer | None) -> Row:
+    def _row(self, group: dict, param: Tensor, name: str, layer: ModuleLayer | None) -> Row:
         state = self.state.get(param, {})
         seen = layer is not None and ("updates" in state or group["step"] == 0)
         params = layer.params if layer else [param]
