@@ -90,6 +90,7 @@ class LayerwiseOptimizer(ModelOptimizer):
 
     def _update_statistics(self, layers: list[Affine], groups: dict[int, dict]) -> None:
         changed = []
+        self._capture.drop_unanswered()
         for layer in layers:
             group, uses = groups[id(layer)], self._capture.uses(layer.module)
             if uses and self._due(group, "update_interval"):
@@ -167,5 +168,5 @@ class LayerwiseOptimizer(ModelOptimizer):
         weights = [layer.weight for layer in self._layers if layer.weight.requires_grad]
         with torch.no_grad():
             residual = self._residual(outputs.detach())
-        with self._capture.only(True):
+        with self._capture.before_loss(outputs):
             torch.autograd.grad(outputs, weights, residual, retain_graph=True, allow_unused=True)
