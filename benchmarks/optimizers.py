@@ -86,8 +86,13 @@ def adafisher(variant: str, **fixed) -> Callable[..., Optimizer]:
 def kronecker(name: str, **fixed) -> Callable[..., Optimizer]:
     """One of K-FAC's kin: the Fisher matrix of drawn targets at every step and an inverse at every 20th, as Ren and
     Goldfarb run K-FAC on the autoencoders."""
-    make = family(name, update_interval=1, factor_interval=20, **fixed)
+    make = family(name, **{"update_interval": 1, "factor_interval": 20} | fixed)
     return lambda model, **options: make(model, **{"distribution": model.distribution} | options)
+
+
+def kpsvd(method: str) -> Callable[..., Optimizer]:
+    """Singular pairs at every tenth step: of convolutions they take longer than the training itself."""
+    return kronecker("KPSVD", method=method, update_interval=10)
 
 
 KRONECKER = {"lr": 1e-2, "damping": 1e-3}
@@ -119,10 +124,10 @@ OPTIMIZERS: dict[str, Method] = {
     "two-level-additive": Method(
         "two-level, additive", kronecker("TwoLevelKFAC", form="additive"), "deeppink", KRONECKER
     ),
-    "kpsvd": Method("KPSVD", kronecker("KPSVD"), "tab:brown", KPSVD),
-    "deflation": Method("deflation", kronecker("KPSVD", method="deflation"), "orangered", KPSVD),
-    "lanczos": Method("Lanczos", kronecker("KPSVD", method="lanczos"), "goldenrod", KPSVD),
-    "kfac-corrected": Method("K-FAC, corrected", kronecker("KPSVD", method="kfac_corrected"), "olivedrab", KPSVD),
+    "kpsvd": Method("KPSVD", kpsvd("kpsvd"), "tab:brown", KPSVD),
+    "deflation": Method("deflation", kpsvd("deflation"), "orangered", KPSVD),
+    "lanczos": Method("Lanczos", kpsvd("lanczos"), "goldenrod", KPSVD),
+    "kfac-corrected": Method("K-FAC, corrected", kpsvd("kfac_corrected"), "olivedrab", KPSVD),
     "kbfgs": Method("K-BFGS", family("KBFGS"), "tab:olive", KBFGS, closure=True),
     "kbfgsl": Method("K-BFGS(L)", family("KBFGSL"), "seagreen", KBFGS, closure=True),
     "adafisher": Method("AdaFisher", adafisher("official"), "tab:cyan", ADAFISHER),
