@@ -128,7 +128,7 @@ class TwoLevelKFAC(KFAC):
         return Rows(inputs, gradients, inputs.shape[1])
 
     def _ones(self, layers: Sequence[Affine]) -> list[Coarse]:
-        return [Coarse(layer, layer.weight.new_ones(layer.shape)) for layer in layers]
+        return [Coarse(layer, layer.weight.new_ones(layer.shape, dtype=layer.dtype)) for layer in layers]
 
     def _space(self, name: str, residual: Vectors, groups: dict[int, dict]) -> list[Coarse]:
         def preconditioned(vector: Coarse) -> Coarse:
