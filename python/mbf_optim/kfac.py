@@ -62,7 +62,7 @@ class KFAC(LayerwiseOptimizer):
         decay: float = 0.95,
         update_interval: int = 10,
         factor_interval: int = 100,
-        kl_clip: float | None = 1e-2,
+        kl_clip: float | None = 1e-3,
         damping_form: str = "factored",
         spatially_uncorrelated: bool = False,
         groups: Iterable[dict] | None = None,

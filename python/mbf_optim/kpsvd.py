@@ -67,7 +67,7 @@ class KPSVD(LayerwiseOptimizer):
         decay: float = 0.95,
         update_interval: int = 10,
         factor_interval: int = 100,
-        kl_clip: float | None = 1e-2,
+        kl_clip: float | None = 1e-3,
         inverse: str = "signed",
         floor: float = 0.1,
         tolerance: float = 1e-4,

@@ -90,6 +90,7 @@ class LayerwiseOptimizer(ModelOptimizer):
 
     def _update_statistics(self, layers: list[Affine], groups: dict[int, dict]) -> None:
         changed = []
+        self._capture.drop_unanswered()
         for layer in layers:
             group, uses = groups[id(layer)], self._capture.uses(layer.module)
             if uses and self._due(group, "update_interval"):
@@ -169,5 +170,5 @@ class LayerwiseOptimizer(ModelOptimizer):
         with torch.no_grad():  # a draw in half precision would be a coarse one
             exact = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
             residual = self._residual(exact).to(outputs.dtype)
-        with self._capture.only(True):
+        with self._capture.before_loss(outputs):
             torch.autograd.grad(outputs, weights, residual, retain_graph=True, allow_unused=True)
