@@ -79,15 +79,24 @@ class Trials:
 
     def loss_at(self, place: Place) -> float:
         options = dict(zip(self._names, map(value, place), strict=True))
-        run = train(
-            self._problem, self._optimizer, options, epochs=self._problem.epochs, hopeless=partial(behind, self._best)
-        )
-        loss = math.inf if run["note"] else run["history"][-1][self._problem.judge]
+        note, loss = self._refused(options), math.inf
+        if not note:
+            how = {"epochs": self._problem.epochs, "hopeless": partial(behind, self._best)}
+            run = train(self._problem, self._optimizer, options, **how)
+            note, loss = run["note"], math.inf if run["note"] else run["history"][-1][self._problem.judge]
         if loss < min((trial["loss"] for trial in self._trials if trial["loss"] is not None), default=math.inf):
             self._best[:] = run["history"]
-        self._trials.append({"options": options, "loss": None if run["note"] else loss, "note": run["note"]})
+        self._trials.append({"options": options, "loss": None if note else loss, "note": note})
         record(self._problem.name, self._optimizer, self._trials)
         return loss
+
+    def _refused(self, options: dict) -> str:
+        """Why the optimizer does not take these options; empty if it does."""
+        try:
+            OPTIMIZERS[self._optimizer].make(self._problem.model(seed=0), **options)
+        except ValueError as reason:
+            return f"refused: {reason}"
+        return ""
 
 
 def behind(best: list[dict], history: list[dict]) -> bool:
