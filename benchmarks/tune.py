@@ -100,12 +100,16 @@ class Trials:
 
 
 def behind(best: list[dict], history: list[dict]) -> bool:
-    """Whether a trial, after a fifth of the epochs or more, has come too little of the best one's way by then."""
+    """Whether a trial, after a fifth of the epochs or more, has come too little of the best one's way: by then, or in
+    all if the best one lost ground later."""
     epoch = len(history) - 1
     if not best or epoch < (len(best) - 1) / 5:
         return False
-    ours, theirs = (math.log(h[0]["train_loss"] / h[epoch]["train_loss"]) for h in (history, best))
-    return ours < FAIR_SHARE * theirs
+    return _progress(history, epoch) < FAIR_SHARE * min(_progress(best, epoch), _progress(best, -1))
+
+
+def _progress(history: list[dict], epoch: int) -> float:
+    return math.log(history[0]["train_loss"] / history[epoch]["train_loss"])
 
 
 def record(problem: str, optimizer: str, trials: list[dict]) -> None:

@@ -66,3 +66,5 @@ def test_what_is_behind():
     assert not behind(best, [{"train_loss": 100.0}])
     assert behind(best, [{"train_loss": 100.0}, {"train_loss": 90.0}])
     assert not behind(best, [{"train_loss": 100.0}, {"train_loss": 60.0}])
+    worse_at_the_end = [*best[:-1], {"train_loss": 90.0}]
+    assert not behind(worse_at_the_end, [{"train_loss": 100.0}, {"train_loss": 90.0}])

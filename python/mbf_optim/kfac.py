@@ -56,7 +56,7 @@ class KFAC(LayerwiseOptimizer):
         model: nn.Module,
         lr: float = 1e-2,
         *,
-        damping: float = 1e-3,
+        damping: float = 1e-2,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         decay: float = 0.95,
