@@ -8,7 +8,9 @@ import torch
 from mbf_optim import KPSVD
 from mbf_optim.affine import Rows, affine_layers
 from mbf_optim.kpsvd import METHODS
-from mbf_optim.rearranged import Pair, Rearranged, top_pair, two_pairs
+from mbf_optim.rearranged import Pair, Rearranged
+from mbf_optim.singular_pairs import top_pair, two_pairs
+from mbf_optim.symmetric import Matrices, Samples
 from test_kfac import NETWORKS, PLAIN, loss_of, network_of, vec
 from torch import nn
 
@@ -31,7 +33,7 @@ def dense_fisher(rows, group=0):
     return vectors.T @ vectors / len(vectors)
 
 
-def rearranged(fisher, p, q):
+def dense_rearranged(fisher, p, q):
     """[p^2, q^2]: what maps R (x) S to vec(R) vec(S)^T."""
     return fisher.view(p, q, p, q).permute(0, 2, 1, 3).reshape(p * p, q * q)
 
@@ -54,50 +56,101 @@ def relative_error(rows, pairs):
     return ((fisher - sum(dense(pair) for pair in pairs)).norm() / fisher.norm()).item()
 
 
-SHAPES = {"linear": (40, 1, 1), "locations": (12, 5, 1), "groups": (12, 3, 2)}
-over_shapes = pytest.mark.parametrize("shape", SHAPES)
+CASES = {  # samples, locations, groups; the spaces that p = 4 and q = 3 give
+    "matrices": ((40, 1, 1), (Matrices, Matrices)),
+    "locations": ((12, 5, 1), (Matrices, Matrices)),
+    "groups": ((12, 3, 2), (Matrices, Matrices)),
+    "both": ((10, 1, 1), (Samples, Matrices)),
+    "samples": ((5, 1, 1), (Samples, Samples)),
+    "more samples than dimensions": ((8, 1, 1), (Samples, Samples)),
+    "samples of groups": ((7, 1, 2), (Samples, Samples)),
+}
+over_cases = pytest.mark.parametrize("case", CASES)
 
 
-@over_shapes
-def test_products_with_the_rearranged_matrix(shape):
-    rows = rows_of(*SHAPES[shape])
-    deflated = Pair(*(randn(rows.inputs.shape[2], n, n, dtype=torch.float64, seed=n) for n in (4, 3)))
-    z = Rearranged(rows, [deflated])
-    left, right = (x + x.mT for x in (randn(rows.inputs.shape[2], n, n, dtype=torch.float64, seed=9) for n in (4, 3)))
-    for group in range(rows.inputs.shape[2]):
-        matrix = rearranged(dense_fisher(rows, group) - dense(deflated, group), 4, 3)
-        for actual, expected in (
-            (z.times(right), matrix @ right[group].flatten()),
-            (z.transposed_times(left), matrix.T @ left[group].flatten()),
-        ):
-            torch.testing.assert_close(actual[group].flatten(), expected, rtol=1e-12, atol=1e-11)
+def rearranged(case):
+    torch.manual_seed(0)
+    shape, spaces = CASES[case]
+    rows = rows_of(*shape)
+    z = Rearranged(rows)
+    assert (type(z.left), type(z.right)) == spaces
+    return rows, z
+
+
+@over_cases
+def test_vectors(case):
+    """Products with Z and with Z less a pair, and lengths and angles, against those of matrices."""
+    rows, z = rearranged(case)
+    starts = [x + x.mT for x in (randn(rows.inputs.shape[2], 3, 3, dtype=torch.float64, seed=seed) for seed in (8, 9))]
+    for deflated, operator in enumerate((z, z.less(z.means()))):
+        images = [operator.times(z.right.vector(start)) for start in starts]
+        backs = [operator.transposed_times(image) for image in images]
+        (left, right), (other, _) = (z.matrices(Pair(u, v)) for u, v in zip(images, backs, strict=True))
+        close((images[0] * images[1]).sum((1, 2)), (left * other).sum((1, 2)))
+        close(backs[0].flatten(1).norm(dim=1), right.flatten(1).norm(dim=1))
+        for group in range(len(right)):
+            fisher = dense_fisher(rows, group) - deflated * torch.kron(*(x[0] for x in kfac_pair(rows, group)))
+            matrix = symmetric_part(dense_rearranged(fisher, 4, 3), 4, 3)
+            close(left[group].flatten(), matrix @ starts[0][group].flatten())
+            close(right[group].flatten(), matrix.T @ left[group].flatten())
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
 
 
 def test_products_do_not_depend_on_how_samples_are_split(monkeypatch):
     rows = rows_of(12, 5)
     right = torch.eye(3, dtype=torch.float64)[None]
     whole = Rearranged(rows).times(right)
-    monkeypatch.setattr("mbf_optim.rearranged.CHUNK", 60)  # two samples at a time
+    monkeypatch.setattr("mbf_optim.symmetric.CHUNK", 60)  # two samples at a time
     torch.testing.assert_close(Rearranged(rows).times(right), whole, rtol=1e-13, atol=1e-13)
 
 
-@over_shapes
-def test_singular_pairs_are_those_of_the_dense_matrix(shape):
-    torch.manual_seed(0)
-    rows = rows_of(*SHAPES[shape])
-    first, sigma = top_pair(Rearranged(rows), None, 1e-14, 2000)
-    second, _ = top_pair(Rearranged(rows, [first]), None, 1e-14, 2000, sigma)
-    both = two_pairs(Rearranged(rows), None, 1e-14, 200, 8)
+@over_cases
+def test_singular_pairs_are_those_of_the_dense_matrix(case):
+    """The two largest of Z, and the largest of Z less K-FAC's pair."""
+    rows, z = rearranged(case)
+    first, sigma = top_pair(z, z.right.random(), 1e-14, 2000)
+    second, _ = top_pair(z.less(first), z.right.random(), 1e-14, 2000, sigma)
+    correction, _ = top_pair(z.less(z.means()), z.right.random(), 1e-14, 2000, sigma)
+    pairs = [z.matrices(pair) for pair in (first, second, *two_pairs(z, z.right.random(), 1e-14, 200, 8), correction)]
     for group in range(rows.inputs.shape[2]):
-        u, s, vt = torch.linalg.svd(symmetric_part(rearranged(dense_fisher(rows, group), 4, 3), 4, 3))
-        for i, pair in enumerate((first, second)):
+        fisher = dense_fisher(rows, group)
+        both, rest = (
+            torch.linalg.svd(symmetric_part(dense_rearranged(matrix, 4, 3), 4, 3))
+            for matrix in (fisher, fisher - torch.kron(*(x[0] for x in kfac_pair(rows, group))))
+        )
+        for pair, i, (u, s, vt) in zip(pairs, (0, 1, 0, 1, 0), (both, both, both, both, rest), strict=True):
             product = torch.outer(pair.left[group].flatten(), pair.right[group].flatten())
             torch.testing.assert_close(product, s[i] * torch.outer(u[:, i], vt[i]), rtol=1e-9, atol=1e-9)
-            same = torch.outer(both[i].left[group].flatten(), both[i].right[group].flatten())
-            torch.testing.assert_close(same, product, rtol=1e-9, atol=1e-9)
             torch.testing.assert_close(pair.left[group].norm() ** 2, s[i])
-    for matrix in first:
+    for matrix in pairs[0]:
         assert torch.linalg.eigvalsh(matrix).min() > -1e-12
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("spread", [1.0, 1e-2])
+def test_samples_and_matrices_agree_in_float32(method, spread, monkeypatch):
+    """Also where inputs differ by a hundredth, so that the second pair comes of vectors that nearly cancel."""
+    rows = rows_of(30, 1, p=8, q=6)
+    rows = Rows(1 + spread * rows.inputs, rows.gradients, 1)
+    fisher = dense_fisher(rows)
+    optimizer = KPSVD(nn.Linear(8, 6, bias=False), method=method, **TIGHT)
+    products = {}
+    for name, dtype, limit in (
+        ("truth", torch.float64, 0),
+        ("matrices", torch.float32, 0),
+        ("samples", torch.float32, 9),
+    ):
+        torch.manual_seed(0)
+        monkeypatch.setattr("mbf_optim.rearranged.EXPECTED", limit)
+        pairs = optimizer._pairs(Rows(*(part.to(dtype) for part in rows[:2]), 1), {}, optimizer.param_groups[0])
+        products[name] = [dense(pair).double() for pair in pairs]
+    for name in ("matrices", "samples"):
+        for product, truth in zip(products[name], products["truth"], strict=True):
+            error = (product - truth).norm() / fisher.norm()
+            assert error < 1e-4, (name, error)
 
 
 def test_singular_values_from_gram_matrices():
@@ -107,7 +160,8 @@ def test_singular_values_from_gram_matrices():
     a, g = rows.inputs[:, 0, 0], rows.gradients[:, 0, 0]
     product = (a @ a.T).square() @ (g @ g.T).square()
     expected = torch.linalg.eigvals(product).real.clamp_min(0).sqrt().max() / 9
-    _, sigma = top_pair(Rearranged(rows), None, 1e-14, 2000)
+    z = Rearranged(rows)
+    _, sigma = top_pair(z, z.right.random(), 1e-14, 2000)
     torch.testing.assert_close(sigma.squeeze(), expected)
 
 
@@ -140,7 +194,7 @@ def test_errors_are_ordered_at_every_refresh(network):
     for i, (rows, _) in enumerate(seen):
         p, q = rows.inputs.shape[3], rows.gradients.shape[3]
         fisher = dense_fisher(rows)
-        s = torch.linalg.svdvals(symmetric_part(rearranged(fisher, p, q), p, q)) / fisher.norm()
+        s = torch.linalg.svdvals(symmetric_part(dense_rearranged(fisher, p, q), p, q)) / fisher.norm()
         tails = [(1 - s[:k].square().sum()).clamp_min(0).sqrt().item() for k in (1, 2)]
         at = {name: values[i] for name, values in errors.items()}
         assert at["kpsvd"] == pytest.approx(tails[0], rel=1e-6, abs=small)
@@ -148,13 +202,13 @@ def test_errors_are_ordered_at_every_refresh(network):
         assert at["lanczos"] == pytest.approx(tails[1], rel=1e-6, abs=small)
         assert at["kpsvd"] <= at["kfac"] + small
         assert at["deflation"] - small <= at["kfac_corrected"] <= at["kfac"] + small
-        residual = rearranged(fisher - dense(kfac_pair(rows)), p, q)
+        residual = dense_rearranged(fisher - dense(kfac_pair(rows)), p, q)
         largest = torch.linalg.svdvals(symmetric_part(residual, p, q))[0].item() / fisher.norm().item()
         assert at["kfac_corrected"] ** 2 == pytest.approx(at["kfac"] ** 2 - largest**2, rel=1e-6, abs=small)
 
 
-def kfac_pair(rows):
-    a, g = rows.inputs[:, :, 0].flatten(0, 1), rows.gradients[:, :, 0].flatten(0, 1)
+def kfac_pair(rows, group=0):
+    a, g = rows.inputs[:, :, group].flatten(0, 1), rows.gradients[:, :, group].flatten(0, 1)
     return Pair((a.T @ a / len(rows.inputs))[None], (g.T @ g / len(g))[None])
 
 
@@ -166,7 +220,7 @@ def test_two_clusters(square, values):
     gradients = eye * torch.tensor([math.sqrt(square), 1.0], dtype=torch.float64)[:, None]
     rows = Rows(eye.view(2, 1, 1, 2), gradients.view(2, 1, 1, 2), 1)
     torch.testing.assert_close(
-        torch.linalg.svdvals(rearranged(dense_fisher(rows), 2, 2))[:2], torch.tensor(values, dtype=torch.float64)
+        torch.linalg.svdvals(dense_rearranged(dense_fisher(rows), 2, 2))[:2], torch.tensor(values, dtype=torch.float64)
     )
     optimizer = KPSVD(nn.Linear(2, 2, bias=False).double(), **TIGHT)
     group = optimizer.param_groups[0]
@@ -177,14 +231,31 @@ def test_two_clusters(square, values):
     assert alone == pytest.approx(values[1] / math.hypot(*values))
 
 
-def test_one_sample_is_one_product():
+@pytest.mark.parametrize("p, q", [(4, 3), (1, 3), (4, 1), (1, 1)])
+def test_one_sample_is_one_product(p, q):
     """The second is zero, whatever the method, and K-FAC is exact."""
     torch.manual_seed(0)
-    rows = rows_of(1, 1)
-    optimizer = KPSVD(nn.Linear(4, 3, bias=False).double(), **TIGHT)
+    rows = rows_of(1, 1, p=p, q=q)
+    optimizer = KPSVD(nn.Linear(p, q, bias=False).double(), **TIGHT)
     for method in METHODS:
         pairs = optimizer._pairs(rows, {}, optimizer.param_groups[0] | dict(method=method))
         assert relative_error(rows, pairs) < 1e-12 and relative_error(rows, pairs[:1]) < 1e-12
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("samples, locations", [(3, 1), (30, 1), (3, 2)])
+@pytest.mark.parametrize("size", [0.0, 1e-25])
+def test_without_gradients_all_is_zero(method, samples, locations, size):
+    """In one group; the other one has its product."""
+    torch.manual_seed(0)
+    rows = rows_of(samples, locations, groups=2)
+    rows = Rows(*(part.float() for part in rows[:2]), locations)
+    rows.gradients[:, :, 0] = size
+    optimizer = KPSVD(nn.Linear(4, 3, bias=False).double(), method=method, **TIGHT)
+    pairs = optimizer._pairs(rows, {}, optimizer.param_groups[0])
+    assert all(bool(part.isfinite().all()) for pair in pairs for part in pair)
+    assert all(not dense(pair).any() for pair in pairs)
+    assert dense(pairs[0], 1).any()
 
 
 def test_deep_linear_networks_are_one_product():

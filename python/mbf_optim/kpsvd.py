@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .affine import Affine, Rows
-from .kronecker import factors, mean_diagonal, split_damping, update_inverses, whitened
+from .kronecker import mean_diagonal, split_damping, update_inverses, whitened
 from .layerwise import LayerwiseOptimizer
 from .model_optimizer import check_range, number, positive
-from .rearranged import Pair, Rearranged, dot, norm, top_pair, two_pairs
+from .rearranged import Pair, Rearranged, norm
 from .sampling import Residual
+from .singular_pairs import top_pair, two_pairs
 
 METHODS = ("kpsvd", "deflation", "lanczos", "kfac_corrected")
 FORMS = ("signed", "absolute")
@@ -96,7 +97,8 @@ class KPSVD(LayerwiseOptimizer):
                 )
 
     def _observe(self, layer: Affine, rows: Rows, state: dict, group: dict) -> None:
-        if not all(bool(part.sum().isfinite()) for part in factors(rows)):
+        lengths = [torch.linalg.vector_norm(part, dim=(1, 3)) for part in (rows.inputs, rows.gradients)]
+        if not bool((lengths[0] * lengths[1]).pow(4).sum().isfinite()):  # bounds |Z|^2
             state["skipped"] = state.get("skipped", 0) + 1
             return
         pairs = self._pairs(rows, state, group)
@@ -113,18 +115,22 @@ class KPSVD(LayerwiseOptimizer):
         """Of the batch; iterations start from the averages so far."""
         z, method = Rearranged(rows), group["method"]
         tolerance = max(group["tolerance"], 100 * torch.finfo(rows.inputs.dtype).eps)
-        starts = [state.get(name) for name in ("S", "S2")]
+
+        def start(*names: str) -> Tensor:
+            known = [state[name] for name in names if name in state]
+            return z.right.vector(sum(known)) if known else z.right.random()
+
         if method == "lanczos":
-            start = starts[0] if starts[1] is None else starts[0] + starts[1]
-            return list(two_pairs(z, start, tolerance, RESTARTS, KRYLOV))
+            return [z.matrices(pair) for pair in two_pairs(z, start("S", "S2"), tolerance, RESTARTS, KRYLOV)]
         if method == "kfac_corrected":
-            first = Pair(*factors(rows))
+            first = z.means()
             scale = norm(first.left) * norm(first.right)
         else:
-            first, scale = top_pair(z, starts[0], tolerance, ITERATIONS)
+            first, scale = top_pair(z, start("S"), tolerance, ITERATIONS)
         if method == "kpsvd":
-            return [first]
-        return [first, top_pair(Rearranged(rows, [first]), starts[1], tolerance, ITERATIONS, scale)[0]]
+            return [z.matrices(first)]
+        second, _ = top_pair(z.less(first), start("S2"), tolerance, ITERATIONS, scale)
+        return [z.matrices(first), z.matrices(second)]
 
     def _refresh(self, layers: list[Affine], groups: dict[int, dict]) -> None:
         single, dampings = [], []
@@ -161,6 +167,6 @@ class KPSVD(LayerwiseOptimizer):
 def _aligned(pair: Pair, state: dict, names: tuple[str, str]) -> Pair:
     """R (x) S = (-R) (x) (-S): with the sign of the average so far, or at first of a positive trace."""
     old = state.get(names[0])
-    agreement = pair.left.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] if old is None else dot(pair.left, old)
-    sign = torch.where(agreement < 0, -1.0, 1.0).to(pair.left.dtype)
+    agreement = pair.left.diagonal(dim1=1, dim2=2).sum(1) if old is None else (pair.left * old).sum((1, 2))
+    sign = torch.where(agreement < 0, -1.0, 1.0).to(pair.left.dtype)[:, None, None]
     return Pair(sign * pair.left, sign * pair.right)

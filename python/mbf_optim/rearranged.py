@@ -1,125 +1,71 @@
-"""The singular pairs of a rearranged Fisher matrix, which is never formed (after Van Loan & Pitsianis 1993).
+"""A layer's rearranged Fisher matrix, which is never formed (after Van Loan & Pitsianis 1993).
 
 A layer's F = (1/m) sum_n vec(dW_n) vec(dW_n)^T, with dW_n = sum_t g_t a_t^T, is [pq, pq]. Its rearrangement Z has
-Z(R (x) S) = vec(R) vec(S)^T, so that the best sum of r Kronecker products is a truncated SVD of Z. A vector on the left
-of Z is a matrix [p, p] here, one on the right [q, q], batched over groups. All are symmetric: where samples have
-several locations Z has antisymmetric pairs too, which are left out, as their sum with others has no cheap inverse.
+Z(R (x) S) = vec(R) vec(S)^T, so that the best sum of r Kronecker products is a truncated SVD of Z::
+
+    Z V   = (1/m) sum_n sum_{t,t'} (g_t^T V g_t') a_t a_t'^T       for V [q, q]
+    Z^T U = (1/m) sum_n sum_{t,t'} (a_t^T U a_t') g_t g_t'^T       for U [p, p]
+
+U and V are symmetric: where samples have several locations Z has antisymmetric pairs too, which are left out, as their
+sum with others has no cheap inverse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .affine import Rows
+from .symmetric import Matrices, Samples, Space
 
-CHUNK = 2**24  # products of locations that are held at once
+EXPECTED = 4  # iterations, at least: Z takes 2 to 5, less its first pair 2 to 90
 
 
 class Pair(NamedTuple):
     """R (x) S, with the singular value shared equally: |R| = |S| = sqrt(sigma)."""
 
-    left: Tensor  # R, [groups, p, p]
-    right: Tensor  # S, [groups, q, q]
+    left: Tensor  # R, as a vector or [groups, p, p]
+    right: Tensor  # S, as a vector or [groups, q, q]
 
 
 class Rearranged:
-    """Z, less the ``deflated`` pairs."""
+    """Z, less some pairs, on vectors of the spaces ``left`` and ``right``, [groups, ., .]. So are its pairs."""
 
-    def __init__(self, rows: Rows, deflated: Sequence[Pair] = ()):
-        self._samples = len(rows.inputs)
-        self._inputs, self._gradients = (t.permute(2, 0, 1, 3) for t in (rows.inputs, rows.gradients))
-        self._deflated = tuple(deflated)
+    def __init__(self, rows: Rows):
+        self.left, self.right = _space(rows.inputs), _space(rows.gradients)
+        self._samples, self._locations = len(rows.inputs), rows.locations
+        self._deflated: tuple[Pair, ...] = ()
 
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """groups, p, q."""
-        return len(self._inputs), self._inputs.shape[3], self._gradients.shape[3]
+    def less(self, pair: Pair) -> Rearranged:
+        """Z - vec(R) vec(S)^T."""
+        rest = copy.copy(self)
+        rest._deflated = (*self._deflated, pair)
+        return rest
 
-    def times(self, right: Tensor) -> Tensor:
-        """Z v."""
-        product = self._mean_of(right, self._gradients, self._inputs)
-        return product - sum(dot(pair.right, right) * pair.left for pair in self._deflated)
+    def times(self, v: Tensor) -> Tensor:
+        """Z V."""
+        product = self.left.combination(part / self._samples for part in self.right.forms(v))
+        for pair in self._deflated:
+            product = product - dot(pair.right, v) * pair.left
+        return product
 
-    def transposed_times(self, left: Tensor) -> Tensor:
-        """Z^T u."""
-        product = self._mean_of(left, self._inputs, self._gradients)
-        return product - sum(dot(pair.left, left) * pair.right for pair in self._deflated)
+    def transposed_times(self, u: Tensor) -> Tensor:
+        """Z^T U."""
+        product = self.right.combination(part / self._samples for part in self.left.forms(u))
+        for pair in self._deflated:
+            product = product - dot(pair.left, u) * pair.right
+        return product
 
-    def _mean_of(self, form: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
-        """(1/m) sum_n sum_{t,t'} (x_t^T form x_t') y_t y_t'^T."""
-        per_sample = xs.shape[0] * xs.shape[2] ** 2
-        total = 0
-        for x, y in zip(*(t.split(max(1, CHUNK // per_sample), 1) for t in (xs, ys)), strict=True):
-            weights = x @ form[:, None] @ x.mT
-            total = total + y.flatten(1, 2).mT @ (weights @ y).flatten(1, 2)
-        total = total / self._samples
-        return (total + total.mT) / 2
+    def means(self) -> Pair:
+        """K-FAC's A and G."""
+        return Pair(self.left.total() / self._samples, self.right.total() / (self._samples * self._locations))
 
-    def start(self) -> Tensor:
-        """A random v of length 1: r r^T."""
-        groups, _, q = self.sizes
-        r = torch.rand(groups, q, 1, dtype=self._inputs.dtype, device=self._inputs.device)
-        return unit(r @ r.mT)
-
-
-def top_pair(
-    z: Rearranged, start: Tensor | None, tolerance: float, most: int, scale: Tensor | None = None
-) -> tuple[Pair, Tensor]:
-    """The largest singular pair by power iteration, with sigma [groups, 1, 1]. Stops at |Z v - sigma u| <= tolerance
-    times ``scale``, a singular value to compare with (None: sigma itself), or after ``most`` iterations."""
-    v = unit(z.start() if start is None else start)
-    w = z.times(v)
-    for _ in range(most):
-        u = unit(w)
-        right = z.transposed_times(u)
-        sigma, v = norm(right), unit(right)
-        w = z.times(v)
-        if bool((norm(w - sigma * u) <= tolerance * (sigma if scale is None else scale)).all()):
-            break
-    return Pair(u * sigma.sqrt(), v * sigma.sqrt()), sigma
-
-
-def two_pairs(z: Rearranged, start: Tensor | None, tolerance: float, most: int, dimensions: int) -> tuple[Pair, Pair]:
-    """The two largest pairs by Lanczos' method on Z^T Z in ``dimensions`` >= 2 dimensions, at most ``most`` times, the
-    next time from both right vectors. Stops at |Z^T u - sigma v| <= tolerance times the largest sigma."""
-    basis = [unit(z.start() if start is None else start)]
-    for _ in range(most):
-        lefts, basis, values = _ritz(z, basis, dimensions)
-        residuals = [norm(z.transposed_times(u) - s * v) for u, v, s in zip(lefts, basis, values, strict=True)]
-        if bool((torch.stack(residuals) <= tolerance * values[0]).all()):
-            break
-    first, second = (Pair(u * s.sqrt(), v * s.sqrt()) for u, v, s in zip(lefts, basis, values, strict=True))
-    return first, second
-
-
-def _ritz(z: Rearranged, basis: Sequence[Tensor], dimensions: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The two largest pairs in the Krylov space that the basis begins: left vectors, right vectors, singular values."""
-    vs = list(basis)
-    while len(vs) < dimensions:
-        vs.append(_next(z, z.transposed_times(z.times(vs[-1])), vs))
-    images = torch.stack([z.times(v).flatten(1) for v in vs], 2)  # [groups, p^2, K]
-    u, s, vt = torch.linalg.svd(images, full_matrices=False)
-    lefts = [u[:, :, i].view(len(u), *2 * [z.sizes[1]]) for i in range(2)]
-    rights = [torch.einsum("gk,gkij->gij", vt[:, i], torch.stack(vs, 1)) for i in range(2)]
-    return lefts, rights, [s[:, i, None, None] for i in range(2)]
-
-
-def _next(z: Rearranged, x: Tensor, basis: Sequence[Tensor]) -> Tensor:
-    """x made orthogonal to the basis; where nothing is left of it a random vector, as equal singular values need; zero
-    where the basis is complete."""
-    return _orthogonal(x, basis, _orthogonal(z.start(), basis, torch.zeros_like(x)))
-
-
-def _orthogonal(x: Tensor, basis: Sequence[Tensor], otherwise: Tensor) -> Tensor:
-    """Of length 1. Twice, as rounding asks for."""
-    rounding = 1e3 * torch.finfo(x.dtype).eps * norm(x)
-    for _ in range(2):
-        x = x - sum(dot(b, x) * b for b in basis)
-    return torch.where(norm(x) > rounding, unit(x), otherwise)
+    def matrices(self, pair: Pair) -> Pair:
+        """Of the vectors."""
+        return Pair(self.left.matrix(pair.left), self.right.matrix(pair.right))
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
@@ -133,4 +79,12 @@ def norm(x: Tensor) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """Of length 1, or zero."""
     length = norm(x)
-    return torch.where(length > 0, x / length, 0.0)
+    return torch.where(length == 0, 0.0, x / length)
+
+
+def _space(rows: Tensor) -> Space:
+    """By the fewer operations: an iteration on matrices takes 4 m n^2; on samples m^2, once their products and the
+    decomposition, 2 m^2 n + m^3 / 3, in float64 that count twice, are there."""
+    m, locations, _, n = rows.shape
+    few = locations == 1 and m * (n + m / 6) <= EXPECTED * n**2
+    return (Samples if few else Matrices)(rows.permute(2, 0, 1, 3).contiguous())
