@@ -120,6 +120,26 @@ def test_check_fails_on_problems_alone(monkeypatch, capsys, version, row, proble
     assert ("rules alone" in capsys.readouterr().out) == (version != "13.0.88")
 
 
+def test_what_has_not_changed_is_what_its_table_says(monkeypatch):
+    """An architecture without a digest, or with another one, is to be compiled."""
+    tables = {"80": {"a": [1]}, "90": {"a": [2]}, "100": {"a": [3]}}
+    held = {"nvcc": {"13.0.88": tables}, "digests": {"13.0.88": {"80": "digest 80", "90": "of other sources"}}}
+    monkeypatch.setattr(cuda_gate, "pinned", lambda: held)
+    monkeypatch.setattr(cuda_objects, "digest", lambda architecture: f"digest {architecture}")
+    assert cuda_gate.unchanged("13.0.88", [80, 90, 100]) == {"80": {"a": [1]}}
+    assert cuda_gate.unchanged("13.0.88", [90, 100]) == cuda_gate.unchanged("13.1.1", [80]) == {}
+
+
+def test_a_digest_covers_every_object(monkeypatch):
+    commands = {"thread float": COMMAND.split(), "group float": COMMAND.replace("group_float", "x").split()}
+    monkeypatch.setattr(cuda_objects, "nvcc_version", lambda: "13.0.88")
+    found = set()
+    for kept in (commands, {"thread float": commands["thread float"]}, {"group float": commands["group float"]}):
+        monkeypatch.setattr(cuda_objects, "commands", lambda kept=kept: kept)
+        found |= {cuda_objects.digest(80), cuda_objects.digest(90)}
+    assert len(found) == 6
+
+
 def test_without_nvcc_nothing_is_checked_and_that_is_said(monkeypatch, capsys):
     monkeypatch.setattr(cuda_objects, "nvcc", lambda: None)
     assert cuda_gate.main(["--check"]) == 0 and cuda_gate.main([]) == 1

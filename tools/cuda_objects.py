@@ -5,6 +5,7 @@ An object is compiled again only when the sources of csrc/cuda, the command or t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -80,6 +81,7 @@ def machine_code(path: Path) -> list[int]:
     return [int(a) for a in re.findall(r"\.sm_(\d+)[af]?\.cubin", run([disassembler(), "-lelf", str(path)]))]
 
 
+@functools.cache
 def commands() -> dict[str, list[str]]:
     """How CMake compiles each object of kernels, for all of ARCHITECTURES at once: {"thread float": [nvcc, ...]}."""
     try:
@@ -135,6 +137,15 @@ def compile_one(name: str, architecture: int, words: list[str], version: str) ->
         partial.replace(path)
         log.write_text(text)
     return Object(name, architecture, path, log.read_text())
+
+
+def digest(architecture: int) -> str:
+    """Of all that an architecture's machine code depends on: one string for all its objects."""
+    version = nvcc_version()
+    keys = [
+        content_key(for_architecture(words, architecture, Path("object")), version) for words in commands().values()
+    ]
+    return hashlib.sha256(" ".join(sorted(keys)).encode()).hexdigest()[:24]
 
 
 def content_key(words: list[str], version: str) -> str:
