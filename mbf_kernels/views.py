@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .checks import matrix_dimension
+from .checks import matrix_dimension, split_at
 
 
 class Staged:
@@ -123,16 +123,57 @@ class FlatView(Staged):
     """A tensor as elements without gaps, in the order of those of ``like``."""
 
     def __init__(self, tensor: Tensor, like: Tensor, read_only: bool = False):
+        like = without_gaps(like)
         order = _steps(like)
-        if math.prod(size for size, _ in order) != 1 + sum((size - 1) * stride for size, stride in order):
-            like = torch.empty(like.shape, device="meta")  # has gaps: the usual order
-            order = _steps(like)
 
         def copy(tensor: Tensor) -> Tensor:
             strided = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
             return strided.copy_(tensor)
 
         super().__init__(tensor, lambda t: (1, *t.stride()) if _steps(t) == order else None, copy, read_only)
+
+
+def without_gaps(tensor: Tensor) -> Tensor:
+    """A tensor of its shape and strides, or in the usual order where it has gaps."""
+    steps = _steps(tensor)
+    dense = math.prod(size for size, _ in steps) == 1 + sum((size - 1) * stride for size, stride in steps)
+    return tensor if dense else torch.empty(tensor.shape, device="meta")
+
+
+class RankOneView:
+    """The three tensors of a step and the s [m] and h [n] of its curvature, for the kernels: rows of ``columns``
+    elements without gaps."""
+
+    def __init__(self, param: Tensor, grad: Tensor, momentum: Tensor, row: Tensor | None, column: Tensor | None):
+        if column is not None and column.numel() == 1:  # one row has more to share than many of one element
+            row, column = column, row
+        self.columns = param.numel() if column is None else column.numel()
+        self.row, self.column = row, column
+        self.order, like = (1, 0, 1), without_gaps(param)  # any order of memory, as long as there is no h
+        if column is not None:
+            self.row, self.column = row.contiguous(), column.contiguous()
+            self.order = row_order(tuple(like.shape), like.stride(), self.columns)
+            if self.order is None:
+                self.order, like = (self.columns, 0, 1), torch.empty(param.shape, device="meta")
+        self.grad = FlatView(grad, like, read_only=True)
+        self.momentum, self.param = FlatView(momentum, like), FlatView(param, like)
+
+    def write_back(self) -> None:
+        self.momentum.write_back()
+        self.param.write_back()
+
+
+@lru_cache(maxsize=4096)
+def row_order(shape: tuple[int, ...], strides: tuple[int, ...], columns: int) -> tuple[int, int, int] | None:
+    """(inner count, outer stride, inner stride) of the entries of h [columns] in the order in which memory has the
+    elements of a row; None where rows do not follow each other or more than two levels are needed."""
+    split, usual = split_at(shape, columns), [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    in_memory = sorted((i for i, size in enumerate(shape) if size != 1), key=lambda i: -strides[i])
+    leading = [i for i in in_memory if i < split]
+    if leading != sorted(leading) or in_memory[: len(leading)] != leading:
+        return None
+    trailing = in_memory[len(leading) :]
+    return _levels(tuple(shape[i] for i in trailing), tuple(usual[i] for i in trailing))
 
 
 def _steps(tensor: Tensor) -> list[tuple[int, int]]:
