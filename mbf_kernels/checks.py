@@ -213,7 +213,7 @@ def rank_one(
     for i, (param, s, h) in enumerate(zip(params, rows, columns, strict=True)):
         if s is None and h is None:
             continue
-        if s is None or h is None or s.ndim != 1 or h.ndim != 1 or not _divides(param, len(s), len(h)):
+        if s is None or h is None or s.ndim != 1 or h.ndim != 1 or not _divides(param, s.numel(), h.numel()):
             found = ["none" if vector is None else list(vector.shape) for vector in (s, h)]
             raise ValueError(
                 f"{op}: expected rows[{i}] [m] and columns[{i}] [n], or neither, for m leading and n trailing elements "

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import diagonal, reference, shared
 from .blocks import MAX_TILED_SIZE, TILE_BLOCKS, SymmetricBlocks, triangle_size
 from .options import StepOptions
-from .views import FlatView, RankOneView, SharedView, View
+from .views import FlatView, RankOneView, SharedView, View, flat_strides
 
 try:
     import mbf_kernels._C as _C
@@ -428,9 +428,8 @@ def _diagonal_problems(
     problems, views = [], []
     for i, tensors in enumerate(zip(grads, momenta, squares, params, strict=True)):
         names = ("grad", "momentum", "square", "param")
-        here = [
-            FlatView(tensor, params[i], read_only=name == "grad") for name, tensor in zip(names, tensors, strict=True)
-        ]
+        strides = flat_strides(params[i].shape, params[i].stride())
+        here = [FlatView(tensor, strides, read_only=name == "grad") for name, tensor in zip(names, tensors, strict=True)]
         views += here
         problem = _C.DiagonalProblem(
             count=params[i].numel(),

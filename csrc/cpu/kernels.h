@@ -45,14 +45,14 @@ static inline size_t rank_one_scratch_bytes(const RankOneProblem& problem) {
     return is_permuted(problem) ? sizeof(double) * problem.columns : 0;
 }
 
-#define MBF_DECLARE_KERNELS(isa)                                                                            \
-    void run_##isa##_float(Op, const Problem&, const Parameters&, int, int64_t, int64_t, void*);            \
-    void run_##isa##_double(Op, const Problem&, const Parameters&, int, int64_t, int64_t, void*);           \
-    void shared_##isa##_float(const SharedProblem&, const MomentParameters&, int, int64_t, void*);          \
-    void shared_##isa##_double(const SharedProblem&, const MomentParameters&, int, int64_t, void*);         \
-    void diagonal_##isa##_float(const DiagonalProblem&, const MomentParameters&, int64_t, int64_t);         \
-    void diagonal_##isa##_double(const DiagonalProblem&, const MomentParameters&, int64_t, int64_t);        \
-    void rank_one_##isa##_float(const RankOneProblem&, const RankOneParameters&, int64_t, int64_t, void*);  \
+#define MBF_DECLARE_KERNELS(isa)                                                                           \
+    void run_##isa##_float(Op, const Problem&, const Parameters&, int, int64_t, int64_t, void*);           \
+    void run_##isa##_double(Op, const Problem&, const Parameters&, int, int64_t, int64_t, void*);          \
+    void shared_##isa##_float(const SharedProblem&, const MomentParameters&, int, int64_t, void*);         \
+    void shared_##isa##_double(const SharedProblem&, const MomentParameters&, int, int64_t, void*);        \
+    void diagonal_##isa##_float(const DiagonalProblem&, const MomentParameters&, int64_t, int64_t);        \
+    void diagonal_##isa##_double(const DiagonalProblem&, const MomentParameters&, int64_t, int64_t);       \
+    void rank_one_##isa##_float(const RankOneProblem&, const RankOneParameters&, int64_t, int64_t, void*); \
     void rank_one_##isa##_double(const RankOneProblem&, const RankOneParameters&, int64_t, int64_t, void*);
 MBF_DECLARE_KERNELS(baseline)
 MBF_DECLARE_KERNELS(avx2)

@@ -48,8 +48,8 @@ MBF_HOST_DEVICE inline int problem_of(const AnyTable& table, int unit) {
     return first;
 }
 
-// Takes the first problems that fit, a thread block to every `per_unit` of a problem's count; returns how many, and none
-// where a single one has too many for a grid.
+// Takes the first problems that fit, a thread block to every `per_unit` of a problem's count; returns how many, and
+// none where a single one has too many for a grid.
 template <class AnyTable, class Problem>
 int fill(AnyTable& table, int64_t per_unit, const Problem* problems, int count) {
     constexpr int kMaxProblems = sizeof(table.problems) / sizeof(Problem);

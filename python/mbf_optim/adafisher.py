@@ -152,10 +152,10 @@ class AdaFisher(ModelOptimizer):
             if "average" not in state:
                 state["average"] = torch.zeros_like(param)
         written = [*params, *(state["average"] for state in states)]
-        wide = [tensor.to(dtype) for tensor in written]
+        wide = [_as(dtype, tensor) for tensor in written]
         vectors = [self._curvature(param, dtype, group) for param in params]
         rank_one_step_(
-            wide[: len(params)], [param.grad.to(dtype) for param in params], wide[len(params) :],
+            wide[: len(params)], [_as(dtype, param.grad) for param in params], wide[len(params) :],
             [s for s, _ in vectors], [h for _, h in vectors],
             lr=group["lr"], momentum=group["beta"], damping=group["damping"],
             weight_decay=group["weight_decay"], decoupled=self._decoupled,
@@ -176,7 +176,7 @@ class AdaFisher(ModelOptimizer):
             h, s = over_mean(h), over_mean(s) * (group["damping"] / group["relative_damping"])
         if layer.bias is not None:
             h = h[-1:] if param is layer.bias else h[:-1]
-        return s.to(dtype), h.to(dtype)
+        return _as(dtype, s), _as(dtype, h)
 
 
 class AdaFisherW(AdaFisher):
@@ -191,6 +191,10 @@ class AdaFisherW(AdaFisher):
 
 def _computed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def minmax(vector: Tensor) -> Tensor:
