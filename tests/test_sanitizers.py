@@ -121,7 +121,7 @@ MUTATIONS = {
         "if (!is_permuted(problem)) return",
         "return",
     ),
-    "the next row": ("rank_one, emulated", "cuda/rank_one_kernels.cu", "row_ += column_ / columns_", "row_ += 1"),
+    "the next row": ("rank_one, emulated", "cuda/rank_one_kernels.cu", "1 + over / period_", "1"),
     "an element past the last": (
         "rank_one, emulated",
         "cuda/rank_one_kernels.cu",

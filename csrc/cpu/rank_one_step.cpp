@@ -13,18 +13,15 @@ constexpr int W = RegisterOf<S>::kLanes;
 struct Scales {
     S momentum, rest, coupled, shrink, rate, damping;
 
-    Scales(const RankOneProblem& problem, const RankOneParameters& parameters)
-        : Scales(problem, parameters.step, parameters.decoupled ? 0 : parameters.step.weight_decay,
-                 parameters.decoupled ? parameters.step.weight_decay : 0) {}
-
-private:
-    Scales(const RankOneProblem& problem, const Parameters& q, double coupled_decay, double decoupled_decay)
-        : momentum(q.momentum),
-          rest(1 - q.momentum),
-          coupled(coupled_decay),
-          shrink(1 - q.lr.value * decoupled_decay),
-          rate(q.lr.value / problem.momentum_weight.value),
-          damping(q.damping.value) {}
+    Scales(const RankOneProblem& problem, const RankOneParameters& parameters) {
+        const Parameters& q = parameters.step;
+        momentum = q.momentum;
+        rest = 1 - q.momentum;
+        coupled = parameters.decoupled ? 0 : q.weight_decay;
+        shrink = parameters.decoupled ? 1 - q.lr.value * q.weight_decay : 1;
+        rate = q.lr.value / problem.momentum_weight.value;
+        damping = q.damping.value;
+    }
 };
 
 // Elements next to each other.

@@ -11,7 +11,7 @@ namespace mbf {
 
 // Runs `op` on all problems, each a tensor's blocks of size n (1 .. MBF_MAX_SIZE), on a stream of a device; returns at
 // once. Throws std::invalid_argument where `mapping` does not serve n, std::runtime_error when a launch fails.
-// `launch_rank_one` likewise, for the step of tensors whose F has rank one.
+// `launch_rank_one`: the step of tensors whose F has rank one, likewise.
 // The files of this folder are built twice: for GPUs, and for the CPU threads of the emulator.
 #define MBF_DECLARE_LAUNCH(gpu)                                                                                \
     namespace gpu {                                                                                            \

@@ -60,8 +60,8 @@ using RankOneLaunch =
 // Rows around a register and around what a thread block takes, one element to a row, none, and so many that threads
 // share them, also within one row.
 const std::vector<std::pair<int64_t, int64_t>> kRankOneShapes = {
-    {1, 3},  {3, 1},    {2, 6},   {5, 9},    {0, 3},   {3, 15},    {7, 18},
-    {2, 33}, {1, 1023}, {4, 256}, {1, 1026}, {150, 9}, {3, 27003},
+    {1, 3},  {3, 1},   {2, 6},   {5, 9},   {0, 3},    {3, 15},  {7, 18},
+    {2, 33}, {1, 511}, {2, 256}, {1, 513}, {1, 1026}, {150, 9}, {3, 27003},
 };
 
 // On a GPU also more tensors than a table holds, and numbers that lie there.
