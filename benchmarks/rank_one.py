@@ -95,7 +95,8 @@ def main() -> None:
         for call, timing in timings.items():
             milliseconds = [f"{1e3 * t:8.2f}" for t in (timing.median, timing.p20, timing.p80)]
             speed = count * (28 if call.startswith("Adam") else BYTES) / timing.median * 1e-9
-            print(f"  {call:18}{''.join(milliseconds)} ms (median, p20, p80)  {timing.median / ours:6.2f}  {speed:6.1f} GB/s")
+            ratio = f"{timing.median / ours:6.2f}"
+            print(f"  {call:18}{''.join(milliseconds)} ms (median, p20, p80)  {ratio}  {speed:6.1f} GB/s")
 
 
 if __name__ == "__main__":

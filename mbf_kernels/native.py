@@ -429,7 +429,9 @@ def _diagonal_problems(
     for i, tensors in enumerate(zip(grads, momenta, squares, params, strict=True)):
         names = ("grad", "momentum", "square", "param")
         strides = flat_strides(params[i].shape, params[i].stride())
-        here = [FlatView(tensor, strides, read_only=name == "grad") for name, tensor in zip(names, tensors, strict=True)]
+        here = [
+            FlatView(tensor, strides, read_only=name == "grad") for name, tensor in zip(names, tensors, strict=True)
+        ]
         views += here
         problem = _C.DiagonalProblem(
             count=params[i].numel(),

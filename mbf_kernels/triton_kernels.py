@@ -23,7 +23,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 # Arguments of which not every value deserves its own compilation.
 _GENERIC = (
-    "count", "columns", "numbers", "grad", "rhs", "momentum", "param", "out", "info", "skipped", "row", "column", "order",
+    "count", "columns", "numbers", "grad", "rhs", "momentum", "param", "out", "info", "skipped",
+    "row", "column", "order",
 )  # fmt: skip
 
 # Which read: it picks the view of a pair, and a cache modifier that means the same and differs.
@@ -432,14 +433,14 @@ def mbf_step(fisher, stored, info, skipped, grad, momentum, param, numbers, coun
 @_kernel
 def rank_one_step(grad, momentum, param, row, column, order, columns, numbers, count, DECOUPLED: tl.constexpr,
                   BLOCK: tl.constexpr, LAYOUT: tl.constexpr):  # fmt: skip
-    """The whole step of `mbf_kernels.rank_one_step_` for one tensor; without a row, F is lambda. Element k of a row
-    belongs to entry k of the column, or where an order is given (inner count, outer stride, inner stride) to its k-th."""
+    """The whole step of `mbf_kernels.rank_one_step_` for one tensor; F = lambda without s and h, here row and column.
+    The order (inner count, outer and inner stride) of the entries of h as memory has them; None: their own."""
     S: tl.constexpr = param.dtype.element_ty
     lr, momentum_weight, f = _number(numbers[0], S), _number(numbers[1], S), _number(numbers[2], S)
     beta, rest, decay = _number(numbers[3], S), _number(numbers[4], S), _number(numbers[5], S)
     i = _blocks(count, BLOCK, LAYOUT)
     mask = i < count
-    i = tl.minimum(i, count - 1).to(tl.int64)
+    i = tl.minimum(i, count - 1)
     if row is not None:
         k = i % columns
         if order is not None:

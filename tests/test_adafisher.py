@@ -543,6 +543,37 @@ def test_factors_are_in_float32_at_least(dtype):
     assert_bitwise(resumed.state[model.weight]["H"], state["H"])
 
 
+@over_classes
+def test_channels_last_weights_take_the_same_steps(kind):
+    """Their elements lie in another order than the entries of H."""
+    torch.manual_seed(0)
+    model = network()
+    twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    assert not twin[3].weight.is_contiguous()
+    options = dict(lr=1e-4, damping=0.02, weight_decay=0.1, variant="paper", update_interval=1)
+    optimizers = [kind(net, **options) for net in (model, twin)]
+    for net, optimizer in zip((model, twin), optimizers, strict=True):
+        train(net, optimizer, 4)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_tensors_of_every_dtype_in_one_model():
+    """Those of 16 bits are stepped in float32: rounded once when read back, beside a dozen roundings of the step."""
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    model = nn.ModuleList(nn.Linear(3, 2, dtype=dtype) for dtype in dtypes)
+    optimizer = AdaFisher(model, lr=0.01, beta=0.0, damping=0.1)
+    before = [param.detach().clone() for param in model.parameters()]
+    for i, param in enumerate(model.parameters()):
+        param.grad = randn(*param.shape, dtype=param.dtype, seed=i)
+    optimizer.step()
+    for param, old in zip(model.parameters(), before, strict=True):
+        assert optimizer.state[param]["average"].dtype == param.dtype
+        eps = torch.finfo(param.dtype).eps
+        expected = old.double() - 0.1 * param.grad.double()
+        torch.testing.assert_close(param.double(), expected, rtol=4 * eps, atol=4 * eps)
+
+
 def test_a_scaled_loss_has_the_same_steps():
     torch.manual_seed(0)
     model = network()

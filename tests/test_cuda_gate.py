@@ -21,9 +21,7 @@ TEAM = (
     "_ZN3mbf48_GLOBAL__N__094baa8e_15_team_kernels_cu_9c8285a811"
     "step_kernelINS0_10TeamKernelIdLi64ELi8ELi8ELi1EEEEEvNS_5TableILi100EEE"
 )
-RANK_ONE = (
-    "_ZN3mbf55_GLOBAL__N__00000000_19_rank_one_kernels_cu_0123456715rank_one_kernelIdEEvNS_12RankOneTableE"
-)
+RANK_ONE = "_ZN3mbf55_GLOBAL__N__00000000_19_rank_one_kernels_cu_0123456715rank_one_kernelIdEEvNS_12RankOneTableE"
 LOG = f"""ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '{THREAD}' for 'sm_90'
 ptxas info    : Function properties for {THREAD}

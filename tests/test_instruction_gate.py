@@ -119,5 +119,5 @@ def test_pinned_table_is_whole():
     for compiler, counts in pinned.items():
         assert counts.keys() == names, compiler
         assert all(min(row.values()) > 0 for row in counts.values()), compiler
-        blocked = [row for name, row in counts.items() if not {"mbf_diagonal_step_", "rank_one_step_"} & set(name.split())]
+        blocked = [row for name, row in counts.items() if not re.search("mbf_diagonal_step_|rank_one_step_", name)]
         assert all({"9", "25"} <= row.keys() for row in blocked), compiler

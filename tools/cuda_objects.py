@@ -147,7 +147,7 @@ def content_key(words: list[str], version: str) -> str:
 
 
 def readable(mangled: str) -> str | None:
-    """ "step thread float n=9", "op group double N=32 4x2x8" or "rank_one float"; None for what is no kernel of ours."""
+    """ "step thread float n=9", "op group double N=32 4x2x8", "rank_one float"; None for what is no kernel of ours."""
     found = KERNEL.search(mangled) or RANK_ONE.search(mangled)
     if not found:
         return None

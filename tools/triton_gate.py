@@ -61,7 +61,7 @@ def compiled(variant: str, dtype: str, n: int, target: str):
     real, word = ("*fp32", "i32") if dtype == "float32" else ("*fp64", "i64")
     view = (real, "i32", "i64", "i64", "constexpr", "i64", "i64")
     views = {} if variant in ELEMENTWISE else dict.fromkeys(("grad", "rhs", "momentum", "param", "out"), (view, view))
-    types = dict.fromkeys(("grad", "momentum", "param", "row", "column"), real) | dict(order=("i32", "i64", "i64"))
+    types = dict.fromkeys(("grad", "momentum", "param", "row", "column"), real) | dict(order=("i32",) * 3)
     types |= dict(fisher=real, stored=real if has_factor else "constexpr", info="*i32", skipped="*i64")
     types |= views | dict(numbers=(word,) * NUMBERS[name], columns="i32", count="i32")
     signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
