@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from brute_force import rank_one_step
+from test_capturable import needs_cuda, warm_up
 from test_diagonal_step import LAYOUTS, place, untouched
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -182,6 +183,29 @@ def test_nothing_is_copied_where_rows_are_contiguous(shape, layout, m, in_place)
         with Recorder() as recorder:
             kernels.rank_one_step_(*lists, [1.0], step_options("rank_one_step_", **STEP))
         assert (recorder.calls == []) == in_place, recorder.calls
+
+
+@needs_cuda
+def test_a_captured_step_is_the_eager_one():
+    """Also with another rate than it was captured with."""
+    lists, eager = (draw([((6, 4, 5, 3), 6), ((4097,), None)], torch.float32, "cuda") for _ in range(2))
+    rate = torch.tensor(0.125, device="cuda")
+
+    def step(lists):
+        rank_one_step_(*lists, **STEP | dict(lr=rate))
+
+    warm_up([lambda: step(lists)])
+    step(eager)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(lists)
+    for value in (0.125, 0.25):
+        rate.fill_(value)
+        graph.replay()
+        step(eager)
+    for k in (0, 2):
+        for a, b in zip(lists[k], eager[k], strict=True):
+            assert_bitwise(a, b)
 
 
 @over_dtypes
