@@ -26,6 +26,7 @@ BUILD = ROOT / "build" / "gates"
 TOOLKIT = Path("/usr/local/cuda/bin")
 ARCHITECTURES = (80, 90, 100)
 
+RANK_ONE = re.compile(r"rank_one_kernelI(?P<scalar>[fd])E")
 KERNEL = re.compile(
     r"(?P<entry>op|step)_kernelI\w*?(?P<mapping>Thread|Team)KernelI(?P<scalar>[fd])(?P<numbers>(?:Li\d+E)+)E"
 )
@@ -104,7 +105,7 @@ def kernels_of(entries: Iterable[dict]) -> dict[str, list[str]]:
         words = shlex.split(entry["command"])
         if entry["file"].endswith(".cu"):
             mapping, scalar = (
-                next(w for w in words if w.startswith("-DMBF_ENTRY=")).removeprefix("-DMBF_ENTRY=").split("_")
+                next(w for w in words if w.startswith("-DMBF_ENTRY=")).removeprefix("-DMBF_ENTRY=").rsplit("_", 1)
             )
             found[f"{mapping} {scalar}"] = words
     return found
@@ -157,11 +158,13 @@ def content_key(words: list[str], version: str) -> str:
 
 
 def readable(mangled: str) -> str | None:
-    """ "step thread float n=9" or "op group double N=32 4x2x8"; None for what is no kernel of ours."""
-    found = KERNEL.search(mangled)
+    """ "step thread float n=9", "op group double N=32 4x2x8", "rank_one float"; None for what is no kernel of ours."""
+    found = KERNEL.search(mangled) or RANK_ONE.search(mangled)
     if not found:
         return None
     scalar = {"f": "float", "d": "double"}[found["scalar"]]
+    if found.re is RANK_ONE:
+        return f"rank_one {scalar}"
     numbers = [int(number) for number in re.findall(r"\d+", found["numbers"])]
     if found["mapping"] == "Thread":
         return f"{found['entry']} thread {scalar} n={numbers[0]}"
