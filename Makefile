@@ -29,6 +29,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 ARCHITECTURES ?= 90
 OPS = accuracy bad_blocks bad_input bits ops triton
+# Another K-FAC, for tests; without torchvision, which would choose the torch and which only backpack's examples import.
+CURVLINOPS = curvlinops-for-pytorch==3.0.1 backpack-for-pytorch einconv einops linear_operator opt_einsum unfoldNd
 LINTERS = ruff==0.17.5 clang-format==23.1.5
 PY = $(VENV)/bin/python
 NATIVE = $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.toml
@@ -39,7 +41,7 @@ SOURCES_CXX = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -na
 demo: $(VENV)/installed
 	$(PY) -m benchmarks.demo $(if $(FAST),--fast)
 
-test: $(VENV)/installed
+test: $(VENV)/installed $(VENV)/curvlinops
 	$(PY) -m pytest tests -q -n auto
 	MBF_BACKEND=emulated $(PY) -m pytest tests/test_mbf.py tests/test_partition.py tests/test_capturable.py -q -n auto
 	TRITON_INTERPRET=1 $(PY) -m pytest $(OPS:%=tests/test_%.py) -q -n auto -k triton
@@ -88,6 +90,10 @@ $(VENV)/bin/python:
 $(VENV)/installed: $(VENV)/bin/python $(NATIVE)
 	$(PY) -m pip install --quiet "$(TORCH)" "$(TRITON)" numpy
 	MBF_NATIVE=1 MBF_EMULATOR=ON MBF_CUDA_ARCHITECTURES="$(ARCHITECTURES)" $(PY) -m pip install --quiet -e ".[test,demo,bench]"
+	touch $@
+
+$(VENV)/curvlinops: $(VENV)/installed
+	$(PY) -m pip install --quiet --no-deps $(CURVLINOPS)
 	touch $@
 
 $(VENV)/peers: $(VENV)/installed

@@ -1,8 +1,9 @@
-"""Train three networks with every optimizer, and compare: python -m benchmarks.demo [--fast]
+"""Train three networks with MBF and its rivals, and compare: python -m benchmarks.demo [--fast]
 
 Writes summary.json and one picture per problem into --out, and ends with a table. Every optimizer gets the
 same initial weights, batches and number of epochs. Learning rates (and the damping of the paper's form) were
-chosen on one grid, recorded in tuned.json; grafted MBF takes exactly Adam's learning rate.
+chosen on one grid, recorded in tuned.json; MBF takes exactly Adam's learning rate. --optimizer takes all other
+methods by name too.
 """
 
 import argparse
@@ -22,18 +23,20 @@ from benchmarks.table import table
 from benchmarks.train import train
 from benchmarks.tuned import settings
 
+SHOWN = ("mbf", "mbf-paper", "adam", "muon", "sgd")
+
 NOTE = """\
 Every optimizer starts from the same weights and sees the same batches. Seconds are of training alone;
 ms/step is the median of the optimizer's own step. For how the settings were chosen see benchmarks/tuned.json.
 The CURVES-like images are our own re-creation of that data set: losses do not compare with published ones."""
 
 
-def attempt(problem: Problem, optimizer: str, **how) -> dict:
+def attempt(problem: Problem, optimizer: str, *, seed: int, **how) -> dict:
     """A run; one that cannot start or breaks gets a note instead of a history, and the others go on."""
     options = settings(problem.name, optimizer)
-    blank = {"problem": problem.name, "optimizer": optimizer, "options": options, "history": []}
+    blank = {"problem": problem.name, "optimizer": optimizer, "options": options, "history": [], "seed": seed}
     try:
-        return train(problem, optimizer, options, **how)
+        return train(problem, optimizer, options, seed=seed, **how)
     except NotApplicable as reason:
         return blank | {"note": f"does not apply: {reason}"}
     except Exception as error:
@@ -55,7 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fast", action="store_true", help="a few epochs only: a look in less than a minute")
     parser.add_argument("--out", type=Path, default=Path("results/demo"))
     parser.add_argument("--problem", choices=PROBLEMS, nargs="+", default=list(PROBLEMS))
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, nargs="+", default=list(OPTIMIZERS))
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, nargs="+", default=list(SHOWN))
     parser.add_argument("--epochs", type=int, help="default: each problem's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

@@ -1,6 +1,7 @@
 """The networks of the training problems, and ResNet-18 for timing training iterations.
 
 `outer` names the layers whose weights are not hidden matrices (embeddings, heads): Muon leaves them to Adam.
+`distribution` is that of the targets given the outputs: the Fisher matrix draws from it.
 """
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ class Autoencoder(nn.Sequential):
 
     widths = (784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784)
     outer = ()
+    distribution = "bernoulli"
 
     def __init__(self):
         layers = []
@@ -25,6 +27,7 @@ class ConvNet(nn.Sequential):
     """Three 3x3 convolutions for 8x8 images of ten classes."""
 
     outer = ("head",)
+    distribution = "categorical"
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -71,6 +74,7 @@ class Transformer(nn.Module):
     """A byte-level language model: each position predicts the byte that follows it."""
 
     outer = ("embed", "place", "head")
+    distribution = "categorical"
 
     def __init__(self, context: int = 64, width: int = 128, depth: int = 2, heads: int = 4):
         super().__init__()
@@ -111,6 +115,7 @@ class ResNet18(nn.Sequential):
     """He et al.'s residual network of 18 layers, for images of at least 32x32 and a thousand classes."""
 
     outer = ("head",)
+    distribution = "categorical"
 
     def __init__(self, width: int = 64):
         stem = [nn.Conv2d(3, width, 7, 2, padding=3, bias=False), nn.BatchNorm2d(width), nn.ReLU()]

@@ -3,7 +3,7 @@
 To add one: write `def name(model, lr, **options) -> Optimizer` and enter it into OPTIMIZERS.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -67,18 +67,71 @@ def sgd(model: nn.Module, lr: float, **options) -> Optimizer:
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=True, **options)
 
 
+def family(name: str, **fixed) -> Callable[..., Optimizer]:
+    """An optimizer of mbf_optim that takes the model."""
+
+    def make(model: nn.Module, **options) -> Optimizer:
+        import mbf_optim
+
+        return getattr(mbf_optim, name)(model, **fixed | options)
+
+    return make
+
+
+def adafisher(variant: str, **fixed) -> Callable[..., Optimizer]:
+    """Curvature at every tenth step, as its authors train language models: their 100 are for longer runs."""
+    return family("AdaFisher", variant=variant, update_interval=10, **fixed)
+
+
+def kronecker(name: str, **fixed) -> Callable[..., Optimizer]:
+    """One of K-FAC's kin: the Fisher matrix of drawn targets at every step and an inverse at every 20th, as Ren and
+    Goldfarb run K-FAC on the autoencoders."""
+    make = family(name, **{"update_interval": 1, "factor_interval": 20} | fixed)
+    return lambda model, **options: make(model, **{"distribution": model.distribution} | options)
+
+
+def kpsvd(method: str) -> Callable[..., Optimizer]:
+    """Singular pairs at every tenth step: of convolutions they take longer than the training itself."""
+    return kronecker("KPSVD", method=method, update_interval=10)
+
+
+KRONECKER = {"lr": 1e-2, "damping": 1e-2}
+KBFGS = {"lr": 0.3, "damping": 0.3}
+ADAFISHER = {"lr": 1e-3, "damping": 1e-3}
+
+
 @dataclass(frozen=True)
 class Method:
     label: str
     make: Callable[..., Optimizer | Together]
     color: str
-    damped: bool = False  # takes a damping that has to be tuned
+    start: Mapping[str, float]  # what is tuned, and from where: the method's defaults, but for Adam's eps
+    closure: bool = False  # its step takes a closure, and calls it more than once
 
 
 OPTIMIZERS: dict[str, Method] = {
-    "mbf": Method("MBF (grafted)", mbf, "tab:red"),
-    "mbf-paper": Method("MBF (paper)", mbf_paper, "tab:orange", damped=True),
-    "adam": Method("Adam", adam, "tab:blue"),
-    "muon": Method("Muon + Adam", muon, "tab:green"),
-    "sgd": Method("SGD, momentum", sgd, "tab:gray"),
+    "mbf": Method("MBF", mbf, "tab:red", {"lr": 1e-3}),
+    "mbf-damped": Method("MBF, damping tuned", mbf, "darkred", {"lr": 1e-3, "damping": 0.3}),
+    "mbf-paper": Method("MBF (paper)", mbf_paper, "tab:orange", {"lr": 1e-3, "damping": 0.1}),
+    "adam": Method("Adam", adam, "tab:blue", {"lr": 1e-3}),
+    "adam-eps": Method("Adam, eps tuned", adam, "navy", {"lr": 1e-3, "eps": 1e-4}),
+    "muon": Method("Muon + Adam", muon, "tab:green", {"lr": 1e-3}),
+    "sgd": Method("SGD, momentum", sgd, "tab:gray", {"lr": 1e-2}),
+    "kfac": Method("K-FAC", kronecker("KFAC"), "tab:purple", KRONECKER),
+    "kfac-exact": Method("K-FAC, exact damping", kronecker("KFAC", damping_form="exact"), "orchid", KRONECKER),
+    "two-level": Method("two-level K-FAC", kronecker("TwoLevelKFAC"), "tab:pink", KRONECKER),
+    "two-level-additive": Method(
+        "two-level, additive", kronecker("TwoLevelKFAC", form="additive"), "deeppink", KRONECKER
+    ),
+    "kpsvd": Method("KPSVD", kpsvd("kpsvd"), "tab:brown", KRONECKER),
+    "deflation": Method("deflation", kpsvd("deflation"), "orangered", KRONECKER),
+    "lanczos": Method("Lanczos", kpsvd("lanczos"), "goldenrod", KRONECKER),
+    "kfac-corrected": Method("K-FAC, corrected", kpsvd("kfac_corrected"), "olivedrab", KRONECKER),
+    "kbfgs": Method("K-BFGS", family("KBFGS"), "tab:olive", KBFGS, closure=True),
+    "kbfgsl": Method("K-BFGS(L)", family("KBFGSL"), "seagreen", KBFGS, closure=True),
+    "adafisher": Method("AdaFisher", adafisher("official"), "tab:cyan", ADAFISHER),
+    "adafisher-paper": Method("AdaFisher (paper)", adafisher("paper"), "teal", ADAFISHER),
+    "adafisher-relative": Method(
+        "AdaFisher, relative", adafisher("paper", relative_damping=0.1), "steelblue", ADAFISHER
+    ),
 }

@@ -23,7 +23,7 @@ def row(run: dict) -> str:
     """A run's line: its numbers, or why it has none."""
     label, options = OPTIMIZERS[run["optimizer"]].label, run["options"]
     if not run["history"]:
-        return f"{label:15}   {run['note']}"
+        return f"{label:22}   {run['note']}"
     settings = [number(options.get("lr")), number(options.get("damping"))]
     if run["note"]:
         return f"{line(label, settings)}   {run['note']}"
@@ -33,7 +33,7 @@ def row(run: dict) -> str:
 
 
 def line(label: str, cells: list[str]) -> str:
-    return f"{label:15}" + "".join(f"{cell:>11}" for cell in cells)
+    return f"{label:22}" + "".join(f"{cell:>11}" for cell in cells)
 
 
 def number(value: float | None) -> str:

@@ -5,53 +5,100 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
-from benchmarks.optimizers import OPTIMIZERS
+from benchmarks.optimizers import OPTIMIZERS, Together
 from benchmarks.problems import PROBLEMS, Problem
 from benchmarks.tuned import settings
 
 
-def train(problem: Problem, optimizer: str, options: dict, *, epochs: int, seed: int = 0, device: str = "cpu") -> dict:
+def train(
+    problem: Problem,
+    optimizer: str,
+    options: dict,
+    *,
+    epochs: int,
+    seconds: float = 0.0,
+    seed: int = 0,
+    device: str = "cpu",
+    hopeless: Callable[[list[dict]], bool] = lambda history: False,
+) -> dict:
     """Train and return the history: one entry per epoch, and entry 0 for the fresh model.
 
-    `seconds` adds up the training steps, `step_ms` is the median of the optimizer's own step; evaluation is
-    outside of both. A run whose loss is no longer finite stops there and says so in its `note`.
+    A run goes on for so many epochs, and for so many seconds. `seconds` in the history adds up the training steps:
+    evaluation is outside. `iteration_ms` is the mean of all of them, `step_ms` the median of what the optimizer takes
+    beside one forward and backward pass. A run whose loss is no longer finite, or whose history is `hopeless`, stops
+    there and says so in its `note`.
     """
     model = problem.model(seed, device)
-    stepper = OPTIMIZERS[optimizer].make(model, **options)
-    history, seconds, step_times = [measure(problem, model, epoch=0, seconds=0.0)], 0.0, []
-    note = ""
+    method = OPTIMIZERS[optimizer]
+    iterate = Iteration(problem.criterion, model, method.make(model, **options), method.closure, device)
+    history, note, epoch = [measure(problem, model, epoch=0, seconds=0.0)], "", 0
     with tqdm(total=epochs * problem.steps, desc=f"{problem.name:7} {optimizer:10}", ncols=100) as bar:
-        for epoch in range(1, epochs + 1):
+        while not note and (epoch < epochs or iterate.seconds < seconds):
+            epoch += 1
             for inputs, targets in problem.batches(seed, epoch):
-                start = now(device)
-                loss = problem.criterion(model(inputs), targets)
-                stepper.zero_grad()
-                loss.backward()
-                before_step = now(device)
-                stepper.step()
-                end = now(device)
-                seconds += end - start
-                step_times.append(end - before_step)
+                iterate(inputs, targets)
                 bar.update()
-            history.append(measure(problem, model, epoch=epoch, seconds=seconds))
+            history.append(measure(problem, model, epoch=epoch, seconds=iterate.seconds))
             bar.set_postfix_str(f"loss {history[-1]['train_loss']:.4g}")
             if not math.isfinite(history[-1]["train_loss"]):
                 note = f"diverged in epoch {epoch}"
-                break
+            elif hopeless(history):
+                note = f"given up in epoch {epoch}"
     return {
         "problem": problem.name,
         "optimizer": optimizer,
         "options": options,
         "seed": seed,
         "note": note,
-        "step_ms": 1e3 * statistics.median(step_times),
+        "iteration_ms": 1e3 * iterate.seconds / len(iterate.steps),
+        "step_ms": 1e3 * statistics.median(iterate.steps),
         "history": history,
     }
+
+
+class Iteration:
+    """One step of training, timed."""
+
+    def __init__(
+        self,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        model: nn.Module,
+        stepper: Optimizer | Together,
+        closure: bool,
+        device: str,
+    ):
+        self._criterion, self._model, self._stepper = criterion, model, stepper
+        self._closure, self._device = closure, device
+        self.seconds = 0.0  # of all so far
+        self.steps: list[float] = []  # seconds of each but for one forward and backward pass
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> None:
+        passes = []
+
+        def loss() -> Tensor:
+            before = now(self._device)
+            value = self._criterion(self._model(inputs), targets)
+            self._stepper.zero_grad()
+            value.backward()
+            passes.append(now(self._device) - before)
+            return value
+
+        start = now(self._device)
+        if self._closure:
+            self._stepper.step(loss)
+        else:
+            loss()
+            self._stepper.step()
+        spent = now(self._device) - start
+        self.seconds += spent
+        self.steps.append(spent - passes[0])
 
 
 def measure(problem: Problem, model: nn.Module, **entry) -> dict[str, float]:

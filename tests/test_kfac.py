@@ -321,6 +321,63 @@ def test_drawn_statistics_are_of_the_drawn_residuals():
     torch.testing.assert_close(optimizer.state[model.weight]["G"][0], residual.T @ residual / 6)
 
 
+def drawn_covariance(passes):
+    """The G that KFAC has after ``passes(model, optimizer)``; the residual drawn in the n-th pass is n everywhere."""
+    drawn = []
+
+    def residual(outputs):
+        drawn.append(torch.full_like(outputs, len(drawn) + 1.0))
+        return drawn[-1]
+
+    model = nn.Linear(4, 3).double()
+    optimizer = KFAC(model, distribution=residual, **PLAIN)
+    passes(model, optimizer)
+    optimizer.step()
+    return optimizer.state[model.weight]["G"][0, 0, 0].item()
+
+
+def test_gradients_may_be_zeroed_between_the_passes():
+    """Targets are drawn inside the forward pass: what they gave is kept."""
+
+    def passes(model, optimizer):
+        outputs = model(torch.ones(2, 4).double())
+        optimizer.zero_grad()
+        outputs.sum().backward()
+
+    assert drawn_covariance(passes) == 1.0
+
+
+def test_a_gradient_that_is_dropped_takes_its_statistics_along():
+    def passes(model, optimizer):
+        model(torch.ones(2, 4).double()).sum().backward()
+        optimizer.zero_grad()
+        model(torch.ones(2, 4).double()).sum().backward()
+
+    assert drawn_covariance(passes) == 2.0**2
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_a_pass_without_a_gradient_has_no_statistics(zeroed):
+    def passes(model, optimizer):
+        model(torch.ones(2, 4).double())
+        if zeroed:
+            optimizer.zero_grad()
+        first = model(torch.ones(2, 4).double())
+        model(torch.ones(2, 4).double())
+        first.sum().backward()
+
+    assert drawn_covariance(passes) == 2.0**2
+
+
+def test_accumulated_passes_all_have_statistics():
+    def passes(model, optimizer):
+        outputs = [model(torch.ones(2, 4).double()) for _ in range(2)]
+        for output in outputs:
+            output.sum().backward()
+
+    assert drawn_covariance(passes) == (1 + 2.0**2) / 2
+
+
 def test_a_scaled_loss_has_the_same_statistics():
     model, inputs = network_of("linear")
     twin = copy.deepcopy(model)

@@ -158,6 +158,43 @@ def test_the_additive_form_pools_locations():
         torch.testing.assert_close(matrix[i, i], state["A"].sum() * state["G"].sum() + DAMPING)
 
 
+@over_networks
+def test_the_additive_operator_is_symmetric_positive_definite(network):
+    """M^-1 = K-FAC^-1 + w R0^T F_c^-1 R0, row by row from the steps that unit gradients make with the first step's
+    statistics. So <grad, delta> > 0 for every gradient."""
+    model, inputs = made(network)
+    dense = Dense(model, inputs)
+    optimizer = TwoLevelKFAC(
+        model,
+        damping=DAMPING,
+        form="additive",
+        weight=0.5,
+        **PLAIN | dict(update_interval=10**6, factor_interval=10**6),
+    )
+    loss_of(model(inputs)).mean().backward()
+    optimizer.step()
+    layers, rows = affine_layers(model), []
+    for unit in torch.eye(len(dense.gradient)).double():
+        parts = unit.split([torch.Size(layer.shape).numel() for layer in layers])
+        for layer, part in zip(layers, parts, strict=True):
+            blocks = part.view(layer.shape[0], layer.shape[2], layer.shape[1]).mT
+            for param, gradient in zip(layer.params, layer.split(blocks), strict=True):
+                param.grad = gradient.contiguous()
+        before = [param.detach().clone() for param in model.parameters()]
+        optimizer.step()
+        old = iter(before)
+        rows.append(flat([layer.joined(*[(next(old) - p.detach()) / 0.1 for p in layer.params]) for layer in layers]))
+    operator = torch.stack(rows)
+    torch.testing.assert_close(operator, operator.T, rtol=1e-9, atol=1e-9)
+    assert torch.linalg.eigvalsh(operator).min() > 0
+    space = dense.space("nicolaides")
+    back = torch.linalg.pinv(space)
+    inverse = back.T @ (operator - dense.kfac) @ back
+    torch.testing.assert_close(operator, dense.kfac + space.T @ inverse @ space, rtol=1e-9, atol=1e-9)
+    coarse = torch.linalg.inv(inverse / 0.5)
+    assert torch.linalg.eigvalsh(coarse).min() >= DAMPING * (1 - 1e-9)
+
+
 @pytest.mark.parametrize("form", ["multiplicative", "additive"])
 def test_without_weight_it_is_kfac(form):
     model, inputs = network_of("mixed")

@@ -12,11 +12,11 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's and SciPy's: on small matrices threads wait for each other
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts memory here, and has nothing to say
 
-from benchmarks.cpu import curves, host, kernels, report, results, roofs, steps  # noqa: E402
+from benchmarks.cpu import curves, host, iterations, kernels, report, results, roofs, steps  # noqa: E402
 from benchmarks.cpu.environment import describe  # noqa: E402
 from benchmarks.cpu.plan import PLANS  # noqa: E402
 
-PARTS = (roofs, kernels, curves, steps, host)
+PARTS = (roofs, kernels, curves, steps, host, iterations)
 
 
 def main(arguments: list[str] | None = None) -> int:

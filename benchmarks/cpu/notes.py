@@ -23,6 +23,10 @@ NOTES = (
     "uncompiled: on a CPU its compilation takes minutes for a small network and fails for some of its optimizers.",
     "Python and dispatch: the time of MBF's step with its native launches replaced by nothing; beside it whole steps "
     "of all on as many tensors of one element each, where next to nothing is left to compute.",
+    "Training iterations: forward, backward and step on the training problems, all methods in turn. Of methods that "
+    "look at layers three kinds are timed: most; those that update the statistics, with a backward pass of drawn "
+    "targets; and those that make the inverses anew. An iteration is their average at the default intervals. K-BFGS "
+    "evaluates every batch twice. Bytes of a step: state and weights read and written, gradients read.",
     "Memory: steady is every storage that the optimizer's state holds; peak is the most that its first steps, "
     "rare work included, hold at once through torch's CPU allocator, state included. Scratch that native code takes "
     "elsewhere is not seen: our kernels' is one buffer a thread, less than a megabyte; LAPACK's is not known.",

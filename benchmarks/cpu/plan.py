@@ -40,6 +40,8 @@ class Plan:
     curve_bytes: int  # of the blocks, at most
     all_sizes: tuple[int, ...]  # n of the curve against n
     cases: dict[str, Case]
+    problems: tuple[str, ...]  # of training, whose whole iterations are timed
+    rounds: int  # of four iterations
     many: str  # the case whose tensors show the host's share of a step
     seconds: float  # per contestant
     patience: float  # seconds that an optimizer's rare work may take before it is left out
@@ -82,6 +84,8 @@ FULL = Plan(
         "autoencoder FACES": Case(autoencoder(625, 2000, 1000, 500, 30)),
         "autoencoder CURVES": Case(autoencoder(784, 400, 200, 100, 50, 25, 6)),
     },
+    problems=("curves", "digits", "text"),
+    rounds=12,
     many="ResNet-50",
     seconds=0.25,
     patience=60,
@@ -108,6 +112,8 @@ FAST = Plan(
         LINEAR: Case(matrices(transformer(256, 2)), libraries=False),
         "autoencoder CURVES": Case(autoencoder(784, 400, 200, 100, 50, 25, 6)),
     },
+    problems=("digits",),
+    rounds=3,
     many="ResNet-32 (CIFAR)",
     seconds=0.03,
     patience=2,
@@ -130,6 +136,8 @@ REHEARSAL = Plan(
         LINEAR: Case(matrices(transformer(8, 1))),
         "autoencoder": Case(autoencoder(150, 4)),  # a row of more than 128 inputs: refreshed every 100 steps
     },
+    problems=(),
+    rounds=1,
     many=CONVOLUTIONS,
     seconds=0.002,
     patience=10,

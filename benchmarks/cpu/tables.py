@@ -24,6 +24,7 @@ def tables(rows: list[dict]) -> dict[str, Table]:
         "steps": steps(rows),
         "memory": memory(rows),
         "host": host(rows),
+        "iterations": iterations(rows),
         "absent": absent(rows),
     }
 
@@ -127,6 +128,32 @@ def host(rows: list[dict]) -> Table:
         for row in timed(rows, part="host")
     ]
     return Table("Python and dispatch", ("tensors", "work", "optimizer", "step", "p20", "p80"), cells)
+
+
+def iterations(rows: list[dict]) -> Table:
+    columns = (
+        "network",
+        "optimizer",
+        "an iteration",
+        "x Adam's",
+        "ms more than Adam's",
+        "most iterations",
+        "with statistics",
+        "and inverses",
+        "bytes of state per parameter",
+        "bytes per parameter and step",
+    )
+    cells = []
+    for row in timed(rows, part="iterations"):
+        (adam,) = timed(rows, part="iterations", method="adam", what=row["what"])
+        kinds = [row[f"{kind}_us"] for kind in ("every", "statistics", "inverses")]
+        cells.append(
+            (f"{row['what']}, {row['parameters'] / 1e6:.3g} M, batch {row['batch']}", row["label"],
+             time_text(row["median_us"]), number(row["median_us"] / adam["median_us"]),
+             f"{(row['median_us'] - adam['median_us']) / 1e3:.2f}", *map(time_text, kinds),
+             number(row["state_bytes_per_parameter"]), number(row["step_bytes_per_parameter"]))
+        )  # fmt: skip
+    return Table("Training iterations of the methods that look at layers", columns, cells)
 
 
 def absent(rows: list[dict]) -> Table:

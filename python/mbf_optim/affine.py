@@ -38,6 +38,11 @@ class ModuleLayer:
     def params(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all that is computed from the layer: float32 at least."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
 
 class Affine(ModuleLayer):
     """A Linear, Conv1d or Conv2d."""
@@ -54,14 +59,13 @@ class Affine(ModuleLayer):
 
     def joined(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """[groups, q, p] of tensors of the shapes of the parameters."""
-        matrix = weight.reshape(self.groups, -1, self.weight[0].numel())
-        return matrix if bias is None else torch.cat([matrix, bias.view(self.groups, -1, 1)], 2)
+        matrix = weight.reshape(self.groups, -1, self.weight[0].numel()).to(self.dtype)
+        return matrix if bias is None else torch.cat([matrix, bias.view(self.groups, -1, 1).to(self.dtype)], 2)
 
     def split(self, matrix: Tensor) -> list[Tensor]:
-        """The reverse: of the shapes of the parameters."""
-        if self.bias is None:
-            return [matrix.reshape(self.weight.shape)]
-        return [matrix[..., :-1].reshape(self.weight.shape), matrix[..., -1].reshape(self.bias.shape)]
+        """The reverse: of the shapes and dtypes of the parameters."""
+        parts = [matrix] if self.bias is None else [matrix[..., :-1], matrix[..., -1]]
+        return [part.reshape(p.shape).to(p.dtype) for part, p in zip(parts, self.params, strict=True)]
 
     def rows(self, uses: Sequence[Use], mean_loss: bool) -> Rows:
         """Of all uses. Uses of one forward pass are locations of the same samples, passes have samples of their own.
@@ -80,7 +84,7 @@ class Affine(ModuleLayer):
         return Rows(inputs, gradients * samples if mean_loss else gradients, locations)
 
     def _patches(self, inputs: Tensor) -> Tensor:
-        inputs = inputs.to(self.weight.dtype)
+        inputs = inputs.to(self.dtype)
         if isinstance(self.module, nn.Linear):
             samples = inputs.shape[0] if inputs.ndim > 1 else 1
             patches = inputs.reshape(samples, -1, 1, inputs.shape[-1])
@@ -101,7 +105,7 @@ class Affine(ModuleLayer):
         return columns.unflatten(1, (self.groups, -1)).permute(0, 3, 1, 2)
 
     def _outputs(self, gradients: Tensor) -> Tensor:
-        gradients = gradients.to(self.weight.dtype)
+        gradients = gradients.to(self.dtype)
         if isinstance(self.module, nn.Linear):
             samples = gradients.shape[0] if gradients.ndim > 1 else 1
             return gradients.reshape(samples, -1, 1, gradients.shape[-1])

@@ -36,6 +36,7 @@ class Capture:
         self.active = True  # whether calls are looked at
         self.recording = True  # whether gradients are kept
         self._forward_pass = 0
+        self._unanswered: set[int] = set()  # passes whose loss has not come back to the output yet
         self._uses: dict[nn.Module, list[Use]] = {module: [] for module in modules}
         hook(self, model.register_forward_pre_hook, self._begin_pass)
         for module in self._uses:
@@ -45,17 +46,34 @@ class Capture:
         return self._uses[module]
 
     def clear(self) -> None:
-        for uses in self._uses.values():
-            uses.clear()
+        self._keep(lambda forward_pass: False)
+
+    def restart(self) -> None:
+        """Clears for another gradient, which may be that of the last pass: gradients are zeroed before the forward pass
+        or after."""
+        self._keep(lambda forward_pass: forward_pass == self._forward_pass and forward_pass in self._unanswered)
+
+    def drop_unanswered(self) -> None:
+        """Clears passes whose loss did not come back."""
+        if self._unanswered:
+            self._keep(lambda forward_pass: forward_pass not in self._unanswered)
 
     @contextmanager
-    def only(self, recording: bool) -> Iterator[None]:
-        """Inside, gradients are kept or not."""
-        before, self.recording = self.recording, recording
+    def before_loss(self, output: Tensor) -> Iterator[None]:
+        """Inside, gradients are kept that are not those of the loss: it will come back to the model's output later."""
+        before, self.recording = self.recording, True
         try:
             yield
         finally:
             self.recording = before
+        forward_pass = self._forward_pass
+        self._unanswered.add(forward_pass)
+        _unviewed(output).register_hook(lambda gradients: self._unanswered.discard(forward_pass))
+
+    def _keep(self, wanted: Callable[[int], bool]) -> None:
+        for uses in self._uses.values():
+            uses[:] = [use for use in uses if wanted(use.forward_pass)]
+        self._unanswered = {forward_pass for forward_pass in self._unanswered if wanted(forward_pass)}
 
     def _begin_pass(self, module: nn.Module, args: tuple) -> None:
         self._forward_pass += 1

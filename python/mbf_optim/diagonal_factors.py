@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,30 +40,29 @@ def known_layers(model: nn.Module, trained: Container[int]) -> list[Affine | Nor
 
 
 def raw_factors(layer: Affine | Norm, uses: Sequence[Use], scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """H [n], that of the bias last, and S [m]. ``scale``: of the loss. In float32 at least: squares overflow early."""
-    factors = _affine if isinstance(layer, Affine) else _norm
-    return factors(layer, uses, torch.promote_types(layer.weight.dtype, torch.float32), scale)
+    """H [n], that of the bias last, and S [m]. ``scale``: of the loss."""
+    return (_affine if isinstance(layer, Affine) else _norm)(layer, uses, scale)
 
 
-def _affine(layer: Affine, uses: Sequence[Use], dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor]:
+def _affine(layer: Affine, uses: Sequence[Use], scale: float) -> tuple[Tensor, Tensor]:
     """Mean squares of inputs and of gradients; H of a convolution, over all groups, is divided by its C/g kh kw too."""
     rows = layer.rows(uses, mean_loss=False)
     count = len(rows.inputs) * rows.locations
     patch = 1 if isinstance(layer.module, nn.Linear) else layer.weight[0].numel()
-    h = rows.inputs.to(dtype).square().sum((0, 1, 2)) / (count * patch)
-    s = (rows.gradients.to(dtype) / scale).square().sum((0, 1)).flatten() / count
+    h = rows.inputs.square().sum((0, 1, 2)) / (count * patch)
+    s = (rows.gradients / scale).square().sum((0, 1)).flatten() / count
     return h, s
 
 
-def _norm(layer: Norm, uses: Sequence[Use], dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor]:
+def _norm(layer: Norm, uses: Sequence[Use], scale: float) -> tuple[Tensor, Tensor]:
     """H = [sum_k a_k^2, size of dim 1] / B^2, with a_k the sum over all dims but 1, / T^2, T the size of dims 2 and on;
     S = (the shift's gradient)^2 / B."""
-    inputs = [layer.batched(use.inputs).to(dtype) for use in uses]
+    inputs = [layer.batched(use.inputs).to(layer.dtype) for use in uses]
     samples = sum(map(len, inputs))
     sums = [x.transpose(0, 1).flatten(1).sum(1) / math.prod(x.shape[2:]) ** 2 for x in inputs]
     longest = max(map(len, sums))  # sequences may differ in length from use to use
     h = sum(functional.pad(a, (0, longest - len(a))) for a in sums).square().sum()[None]
     if layer.bias is not None:
         h = functional.pad(h, (0, 1), value=float(longest))
-    s = sum((layer.rows(use.gradients).to(dtype) / scale).sum(0) for use in uses).square()
+    s = sum((layer.rows(use.gradients).to(layer.dtype) / scale).sum(0) for use in uses).square()
     return h / samples**2, s / samples

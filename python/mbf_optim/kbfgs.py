@@ -224,7 +224,7 @@ class KBFGS(QuasiNewton):
 
     def _start(self, layer: Affine, state: dict) -> None:
         groups, outputs, _ = layer.shape
-        state["G_inverse"] = torch.diag_embed(layer.weight.new_ones(groups, outputs))
+        state["G_inverse"] = torch.diag_embed(state["A"].new_ones(groups, outputs))
 
     def _product(self, state: dict, x: Tensor) -> Tensor:
         return state["G_inverse"] @ x
@@ -266,7 +266,7 @@ class KBFGSL(QuasiNewton):
 
     def _start(self, layer: Affine, state: dict) -> None:
         groups, outputs, _ = layer.shape
-        state["S"] = state["Y"] = layer.weight.new_zeros(groups, 0, outputs)
+        state["S"] = state["Y"] = state["A"].new_zeros(groups, 0, outputs)
 
     def _product(self, state: dict, x: Tensor) -> Tensor:
         return limited_product(state["S"], state["Y"], x)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .affine import Affine, Rows
-from .kronecker import factors, split_damping, update_inverses
+from .input_side import input_side
+from .kronecker import mean_diagonal, output_factor, split_damping, update_inverses
 from .layerwise import LayerwiseOptimizer
 from .model_optimizer import check_range, number, positive
 from .sampling import Residual
 
 FORMS = ("factored", "unbalanced", "exact")
-FACTORS = ("A", "G")
 
 
 class KFAC(LayerwiseOptimizer):
@@ -42,6 +42,9 @@ class KFAC(LayerwiseOptimizer):
         kl_clip: kappa; None: no clip.
         damping_form: "factored" as above; "unbalanced": pi = 1; "exact": U = (A (x) G + lambda I)^-1 grad, by
             eigenvalues.
+        spatially_uncorrelated: SUA: inputs of a convolution are taken to have no covariance between positions. Then A
+            is made of two matrices, C and C + 1 wide for C channels (of a group), instead of one of C kh kw + 1;
+            docs/methods.md has the formula.
         groups, distribution, mean_loss, grad_scaler: see LayerwiseOptimizer.
 
     A layer whose statistics or inverse are not finite keeps those it had. Raises ValueError or TypeError for an option
@@ -53,14 +56,15 @@ class KFAC(LayerwiseOptimizer):
         model: nn.Module,
         lr: float = 1e-2,
         *,
-        damping: float = 1e-3,
+        damping: float = 1e-2,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         decay: float = 0.95,
         update_interval: int = 10,
         factor_interval: int = 100,
-        kl_clip: float | None = 1e-2,
+        kl_clip: float | None = 1e-3,
         damping_form: str = "factored",
+        spatially_uncorrelated: bool = False,
         groups: Iterable[dict] | None = None,
         distribution: str | Residual | None = None,
         mean_loss: bool = True,
@@ -69,7 +73,7 @@ class KFAC(LayerwiseOptimizer):
         defaults = {
             "lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay, "decay": decay,
             "update_interval": update_interval, "factor_interval": factor_interval, "kl_clip": kl_clip,
-            "damping_form": damping_form,
+            "damping_form": damping_form, "spatially_uncorrelated": spatially_uncorrelated,
         }  # fmt: skip
         super().__init__(model, defaults | self._own_options(), groups, distribution, mean_loss, grad_scaler)
 
@@ -89,46 +93,60 @@ class KFAC(LayerwiseOptimizer):
             )
 
     def _observe(self, layer: Affine, rows: Rows, state: dict, group: dict) -> None:
-        new = factors(rows)
-        if not all(bool(matrix.sum().isfinite()) for matrix in new):
+        side = input_side(layer, group)
+        new = side.blocks(rows) | {"G": output_factor(rows)}
+        if not all(bool(matrix.sum().isfinite()) for matrix in new.values()):
             state["skipped"] = state.get("skipped", 0) + 1
             return
         state["updates"] = state.get("updates", 0) + 1
         keep = min(1 - 1 / state["updates"], group["decay"])
-        for name, matrix in zip(FACTORS, new, strict=True):
+        for name, matrix in new.items():
             state[name] = matrix if name not in state else keep * state[name] + (1 - keep) * matrix
 
     def _refresh(self, layers: list[Affine], groups: dict[int, dict]) -> None:
         factored, dampings = [], []
         for layer in layers:
             state, group = self.state[layer.weight], groups[id(layer)]
-            if FACTORS[0] not in state:
+            side = input_side(layer, group)
+            if side.names[0] not in state:
                 continue
             if group["damping_form"] == "exact":
-                self._decompose(state)
+                _decompose(state, (*side.names, "G"))
             else:
-                pair = [state[name] for name in FACTORS]
+                means = side.mean_diagonal(state), mean_diagonal(state["G"])
+                of_a, of_g = split_damping(*means, group["damping"], group["damping_form"] == "factored")
                 factored.append(state)
-                dampings.append(split_damping(*pair, group["damping"], group["damping_form"] == "factored"))
-        update_inverses(factored, FACTORS, dampings)
-
-    def _decompose(self, state: dict) -> None:
-        for name in FACTORS:
-            matrix = state[name]
-            values, vectors = torch.linalg.eigh(matrix.double())  # LAPACK's in float32 has given NaN for finite ones
-            state[f"{name}_values"] = values.clamp_min(0).to(matrix.dtype)
-            state[f"{name}_vectors"] = vectors.to(matrix.dtype)
+                dampings.append(dict.fromkeys(side.names, of_a) | {"G": of_g})
+        update_inverses(factored, dampings)
 
     def _direction(self, layer: Affine, gradient: Tensor, group: dict) -> Tensor | None:
-        state = self.state.get(layer.weight, {})
-        if "A_values" in state and (group["damping_form"] == "exact" or "A_inverse" not in state):
-            a, g = state["A_vectors"], state["G_vectors"]
-            spectrum = state["G_values"][:, :, None] * state["A_values"][:, None] + group["damping"]
-            return g @ ((g.mT @ gradient @ a) / spectrum) @ a.mT
-        if "A_inverse" in state:
-            return state["G_inverse"] @ gradient @ state["A_inverse"]
+        state, side = self.state.get(layer.weight, {}), input_side(layer, group)
+        inverted = f"{side.names[0]}_inverse" in state
+        if f"{side.names[0]}_values" in state and (group["damping_form"] == "exact" or not inverted):
+            parts = side.split(state["G_vectors"].mT @ gradient)
+            found = {name: _divided(state, name, part, group["damping"]) for name, part in parts.items()}
+            return state["G_vectors"] @ side.join(found)
+        if inverted:
+            parts = side.split(state["G_inverse"] @ gradient)
+            return side.join({name: part @ state[f"{name}_inverse"] for name, part in parts.items()})
         return None
 
     def _structure(self, layer: Affine) -> tuple[str, int, int]:
-        groups, outputs, inputs = layer.shape
-        return f"A {inputs}x{inputs}, G {outputs}x{outputs}", 2 * groups, max(outputs, inputs)
+        groups, outputs, _ = layer.shape
+        side = input_side(layer, self._group_of()[id(layer.weight)])
+        return f"{side}, G {outputs}x{outputs}", (len(side.names) + 1) * groups, max(outputs, side.size)
+
+
+def _decompose(state: dict, names: Iterable[str]) -> None:
+    for name in names:
+        matrix = state[name]
+        values, vectors = torch.linalg.eigh(matrix.double())  # LAPACK's in float32 has given NaN for finite ones
+        state[f"{name}_values"] = values.clamp_min(0).to(matrix.dtype)
+        state[f"{name}_vectors"] = vectors.to(matrix.dtype)
+
+
+def _divided(state: dict, name: str, part: Tensor, damping: float) -> Tensor:
+    """A part, its rows in the eigenbasis of G, times (A (x) G + lambda I)^-1."""
+    basis, rows = state[f"{name}_vectors"], part.shape[1] // state["G_values"].shape[1]
+    outputs = state["G_values"].repeat_interleave(rows, 1)
+    return (part @ basis / (outputs[:, :, None] * state[f"{name}_values"][:, None] + damping)) @ basis.mT

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .affine import Affine, Rows
-from .kronecker import split_damping, update_inverses, whitened
+from .kronecker import mean_diagonal, split_damping, update_inverses, whitened
 from .layerwise import LayerwiseOptimizer
 from .model_optimizer import check_range, number, positive
 from .rearranged import Pair, Rearranged, norm
@@ -68,7 +68,7 @@ class KPSVD(LayerwiseOptimizer):
         decay: float = 0.95,
         update_interval: int = 10,
         factor_interval: int = 100,
-        kl_clip: float | None = 1e-2,
+        kl_clip: float | None = 1e-3,
         inverse: str = "signed",
         floor: float = 0.1,
         tolerance: float = 1e-4,
@@ -142,8 +142,9 @@ class KPSVD(LayerwiseOptimizer):
                 state |= {"K1": k1, "K2": k2, "spectrum": s2[:, :, None] * s1[:, None]}
             elif pair:
                 single.append(state)
-                dampings.append(split_damping(*pair, damping, balanced=False))
-        update_inverses(single, FIRST, dampings)
+                both = split_damping(*map(mean_diagonal, pair), damping, balanced=False)
+                dampings.append(dict(zip(FIRST, both, strict=True)))
+        update_inverses(single, dampings)
 
     def _direction(self, layer: Affine, gradient: Tensor, group: dict) -> Tensor | None:
         state = self.state.get(layer.weight, {})

@@ -18,9 +18,18 @@ KERNEL_SIZE = 128  # up to here the inverses of all layers are kernels' work, ab
 
 
 def factors(rows: Rows) -> tuple[Tensor, Tensor]:
-    """A = (1/m) sum_n sum_t a a^T and G = (1/(m T)) sum_n sum_t g g^T, of KFC (Grosse & Martens 2016, Theorem 1)."""
-    m = len(rows.inputs)
-    return gram(rows.inputs) / m, gram(rows.gradients) / (m * rows.locations)
+    """A and G of KFC (Grosse & Martens 2016, Theorem 1)."""
+    return input_factor(rows), output_factor(rows)
+
+
+def input_factor(rows: Rows) -> Tensor:
+    """A = (1/m) sum_n sum_t a a^T."""
+    return gram(rows.inputs) / len(rows.inputs)
+
+
+def output_factor(rows: Rows) -> Tensor:
+    """G = (1/(m T)) sum_n sum_t g g^T."""
+    return gram(rows.gradients) / (len(rows.gradients) * rows.locations)
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -35,12 +44,12 @@ def mean_diagonal(matrix: Tensor) -> Tensor:
 
 
 def split_damping(a: Tensor, g: Tensor, damping: float, balanced: bool) -> tuple[Tensor, Tensor]:
-    """pi sqrt(lambda) for A and sqrt(lambda) / pi for G, [groups] each: pi^2 = (tr A / p) / (tr G / q) if balanced,
-    else 1 (Martens & Grosse 2015, section 6.3)."""
-    root = torch.full_like(mean_diagonal(a), damping**0.5)
+    """pi sqrt(lambda) for A and sqrt(lambda) / pi for G, [groups] each, of their mean diagonals tr A / p and tr G / q:
+    pi^2 is the ratio of these if balanced, else 1 (Martens & Grosse 2015, section 6.3)."""
+    root = torch.full_like(a, damping**0.5)
     if not balanced:
         return root, root
-    ratio = (mean_diagonal(a) / mean_diagonal(g)).sqrt()
+    ratio = (a / g).sqrt()
     pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
     return root * pi, root / pi
 
@@ -80,17 +89,17 @@ def inverses(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [found[i] for i in range(len(matrices))]
 
 
-def update_inverses(states: Sequence[dict], names: tuple[str, str], dampings: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Of the two damped matrices of each state, under their names and "_inverse"; the old one stays where there is no
+def update_inverses(states: Sequence[dict], dampings: Sequence[dict[str, Tensor]]) -> None:
+    """Of matrices of each state, damped by name, under their names and "_inverse"; the old one stays where there is no
     new one (zero at first)."""
     matrices = [
         damped(state[name], lam)
-        for state, both in zip(states, dampings, strict=True)
-        for name, lam in zip(names, both, strict=True)
+        for state, by_name in zip(states, dampings, strict=True)
+        for name, lam in by_name.items()
     ]
     found = iter(inverses(matrices))
-    for state in states:
-        for name in names:
+    for state, by_name in zip(states, dampings, strict=True):
+        for name in by_name:
             inverse, good = next(found)
             old = state.get(f"{name}_inverse", torch.zeros_like(inverse))
             state[f"{name}_inverse"] = torch.where(good[:, None, None], inverse, old)

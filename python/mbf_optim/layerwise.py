@@ -90,6 +90,7 @@ class LayerwiseOptimizer(ModelOptimizer):
 
     def _update_statistics(self, layers: list[Affine], groups: dict[int, dict]) -> None:
         changed = []
+        self._capture.drop_unanswered()
         for layer in layers:
             group, uses = groups[id(layer)], self._capture.uses(layer.module)
             if uses and self._due(group, "update_interval"):
@@ -118,8 +119,9 @@ class LayerwiseOptimizer(ModelOptimizer):
         found = {layer: direction for layer, direction in found.items() if direction is not None}
         found = self._coupled({layer: gradients[layer] for layer in found}, found, groups)
         clips = self._clips(gradients, found, groups)
+        found |= {layer: direction * clips[id(layer)] for layer, direction in found.items() if id(layer) in clips}
         return {
-            id(param): part * clips[id(layer)] if id(layer) in clips else part
+            id(param): part
             for layer, direction in found.items()
             for param, part in zip(layer.params, layer.split(direction), strict=True)
         }
@@ -165,7 +167,8 @@ class LayerwiseOptimizer(ModelOptimizer):
         if not bool(outputs.isfinite().all()):  # no distribution to draw from
             return
         weights = [layer.weight for layer in self._layers if layer.weight.requires_grad]
-        with torch.no_grad():
-            residual = self._residual(outputs.detach())
-        with self._capture.only(True):
+        with torch.no_grad():  # a draw in half precision would be a coarse one
+            exact = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+            residual = self._residual(exact).to(outputs.dtype)
+        with self._capture.before_loss(outputs):
             torch.autograd.grad(outputs, weights, residual, retain_graph=True, allow_unused=True)

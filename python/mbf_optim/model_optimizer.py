@@ -52,7 +52,7 @@ class ModelOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self._capture.clear()
+        self._capture.restart()
 
     def report(self) -> Report:
         """A row for every tensor (a bias that joins its weight in the weight's): its structure and bytes of state.

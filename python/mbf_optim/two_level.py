@@ -13,7 +13,7 @@ from torch.nn import functional
 from mbf_kernels import SymmetricBlocks, factor, solve
 
 from .affine import Affine, Rows
-from .kfac import FACTORS, KFAC
+from .kfac import KFAC
 from .model_optimizer import number
 
 FORMS = ("multiplicative", "additive")
@@ -83,6 +83,8 @@ class TwoLevelKFAC(KFAC):
                 raise ValueError(
                     f"{self._title}: expected {name} to be one of {', '.join(known)}, got {options[name]!r}"
                 )
+        if options["coarse"] == "spectral" and options["spatially_uncorrelated"]:  # many eigenvectors are the lowest
+            raise ValueError(f"{self._title}: expected coarse other than 'spectral' with spatially_uncorrelated")
 
     def _observe(self, layer: Affine, rows: Rows, state: dict, group: dict) -> None:
         before = state.get("updates", 0)
@@ -126,7 +128,7 @@ class TwoLevelKFAC(KFAC):
         return Rows(inputs, gradients, inputs.shape[1])
 
     def _ones(self, layers: Sequence[Affine]) -> list[Coarse]:
-        return [Coarse(layer, layer.weight.new_ones(layer.shape)) for layer in layers]
+        return [Coarse(layer, layer.weight.new_ones(layer.shape, dtype=layer.dtype)) for layer in layers]
 
     def _space(self, name: str, residual: Vectors, groups: dict[int, dict]) -> list[Coarse]:
         def preconditioned(vector: Coarse) -> Coarse:
@@ -145,7 +147,7 @@ class TwoLevelKFAC(KFAC):
 
     def _lowest(self, layer: Affine) -> Tensor:
         """Of A (x) G the eigenvector of the smallest eigenvalue, in every group."""
-        a, g = (torch.linalg.eigh(self.state[layer.weight][name])[1][:, :, 0] for name in FACTORS)
+        a, g = (torch.linalg.eigh(self.state[layer.weight][name])[1][:, :, 0] for name in "AG")
         return g[:, :, None] * a[:, None]
 
 
