@@ -17,13 +17,8 @@ from .affine import Rows
 KERNEL_SIZE = 128  # up to here the inverses of all layers are kernels' work, above torch.linalg's
 
 
-def factors(rows: Rows) -> tuple[Tensor, Tensor]:
-    """A and G of KFC (Grosse & Martens 2016, Theorem 1)."""
-    return input_factor(rows), output_factor(rows)
-
-
 def input_factor(rows: Rows) -> Tensor:
-    """A = (1/m) sum_n sum_t a a^T."""
+    """A = (1/m) sum_n sum_t a a^T; with G, KFC (Grosse & Martens 2016, Theorem 1)."""
     return gram(rows.inputs) / len(rows.inputs)
 
 
