@@ -84,6 +84,32 @@ def test_rows_are_the_samples_gradients(layer, mean):
             torch.testing.assert_close(back, tensor, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("mean", [True, False])
+def test_means_are_those_of_rows(layer, mean):
+    """Of two passes, one over part of the samples and with the module used twice; so is the number of samples, and the
+    mean of outputs."""
+    make, shape = LAYERS[layer]
+    torch.manual_seed(0)
+    model, inputs = make().double(), randn(*shape, dtype=torch.float64)
+    outer = nn.ModuleList([model])
+    (layer,) = affine_layers(outer)
+    capture = Capture(outer, [model])
+    for part in (inputs, inputs[1:].sin()):
+        capture._begin_pass(outer, ())
+        outputs = torch.cat([model(part), *([model(part.square())] if len(part) < len(inputs) else [])], -1)
+        loss_of(outputs, mean).backward()
+    uses = capture.uses(model)
+    rows, seen = layer.rows(uses, mean), [layer.patches(use.inputs) for use in uses]
+    assert len(uses) == 3 and layer.samples(uses) == len(rows.inputs) == 2 * len(inputs) - 1
+    abar, g = layer.means(uses, mean)
+    locations = sum(patches.shape[0] * patches.shape[1] for patches in seen)
+    for actual, part in ((abar, rows.inputs), (g, rows.gradients)):
+        torch.testing.assert_close(actual, part.sum((0, 1)) / locations, rtol=1e-12, atol=1e-12)
+    weight = layer.joined(*layer.params).detach()
+    torch.testing.assert_close(layer.outputs(abar).detach(), torch.einsum("gqp,gp->gq", weight, abar))
+
+
 @pytest.mark.parametrize("layer", ["linear", "conv2d, groups"])
 def test_an_accumulated_gradient_is_one_batch(layer):
     """Each part's loss divided by the number of parts, as is usual; parts of different lengths too."""

@@ -228,7 +228,7 @@ def test_the_inverse_of_what_stays_is_left_alone():
     inverse = torch.linalg.inv(a)
     h = inverse
     for t in range(20):
-        h, good = action_update(h, a, vectors(5, seed=t))
+        h, good = action_update(h, a - torch.eye(5), 1.0, vectors(5, seed=t))
         assert bool(good)
     torch.testing.assert_close(h, inverse, rtol=1e-12, atol=1e-12)
 
@@ -240,7 +240,7 @@ def test_the_inverse_follows_a_matrix_that_changed():
     a[0, 0] += 3
     errors = []
     for t in range(200):
-        h, _ = action_update(h, a, vectors(5, seed=t))
+        h, _ = action_update(h, a, 0.0, vectors(5, seed=t))
         errors.append((h @ a - torch.eye(5)).norm().item())
     assert errors[0] > 0.1 and errors[20] < 0.1 * errors[0] and errors[-1] < 1e-12
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from mbf_optim import KFAC
 from mbf_optim.affine import affine_layers
+from mbf_optim.kronecker import gram
 from mbf_optim.sampling import DISTRIBUTIONS
 from torch import nn
 from torch.func import grad, jacrev
@@ -103,6 +104,14 @@ def dense_direction(a, g, gradient, damping, form):
         pi = math.sqrt(a.trace() / len(a) / (g.trace() / len(g))) if form == "factored" else 1.0
         matrix = torch.kron(a + pi * math.sqrt(damping) * eye_a, g + math.sqrt(damping) / pi * eye_g)
     return torch.linalg.solve(matrix, vec(gradient)).view(gradient.mT.shape).mT
+
+
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 300])
+def test_the_matrix_of_products(n):
+    rows = randn(7, 3, 2, n, dtype=torch.float64)
+    matrix = gram(rows)
+    torch.testing.assert_close(matrix, torch.einsum("mtgi,mtgj->gij", rows, rows), rtol=1e-12, atol=1e-12)
+    assert torch.equal(matrix, matrix.mT)
 
 
 @over_networks

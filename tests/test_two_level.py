@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from mbf_optim import KFAC, TwoLevelKFAC
-from mbf_optim.affine import affine_layers
-from mbf_optim.two_level import SPACES, Fisher
+from mbf_optim.affine import Rows, affine_layers
+from mbf_optim.sample_gradients import Factored, Whole, kept, sample_gradients
+from mbf_optim.two_level import SPACES, SUMS, between_layers
 from test_capture import own_gradients
 from test_kfac import PLAIN, dense_factors, loss_of, network_of, vec
 from torch import nn
@@ -99,6 +100,22 @@ def stepped(model, inputs, **options):
     return flat(moved), optimizer
 
 
+@pytest.mark.parametrize("samples, locations, form", [(5, 1, Factored), (5, 9, Whole)])
+def test_gradients_of_samples(samples, locations, form):
+    """Kept as rows and as they are: products with a matrix, and sums."""
+    rows = Rows(
+        randn(samples, locations, 2, 4, dtype=torch.float64),
+        randn(samples, locations, 2, 3, dtype=torch.float64),
+        locations,
+    )
+    whole = torch.einsum("mtgq,mtgp->mgqp", rows.gradients, rows.inputs)
+    gradients = sample_gradients(kept(rows))
+    matrix, weights = randn(2, 3, 4, dtype=torch.float64, seed=5), randn(samples, dtype=torch.float64, seed=6)
+    assert type(gradients) is form
+    torch.testing.assert_close(gradients.scores(matrix), torch.einsum("mgqp,gqp->m", whole, matrix))
+    torch.testing.assert_close(gradients.combination(weights), torch.einsum("m,mgqp->gqp", weights, whole))
+
+
 @over_networks
 @over_spaces
 @pytest.mark.parametrize("weight", [1.0, 0.1])
@@ -149,8 +166,8 @@ def test_the_additive_form_pools_locations():
     model, inputs = made("mixed")
     _, optimizer = stepped(model, inputs, form="additive")
     layers = optimizer._together({layer: None for layer in optimizer._layers})
-    fisher = Fisher({layer: optimizer._rows(layer) for layer in layers}, dict.fromkeys(layers, DAMPING))
-    matrix = fisher.kronecker_coarse()
+    sums = {layer: [optimizer.state[layer.weight][name] for name in SUMS] for layer in layers}
+    matrix = between_layers(sums, dict.fromkeys(layers, DAMPING))
     torch.testing.assert_close(matrix, matrix.T)
     assert torch.linalg.eigvalsh(matrix).min() >= DAMPING * (1 - 1e-9)
     for i in (0, 2):  # layers without groups
@@ -281,6 +298,29 @@ def test_a_resumed_run_has_the_same_bits():
         train(net, opt, 5, 5)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert_bitwise(a, b)
+
+
+@pytest.mark.parametrize("options", [dict(form="additive"), *[dict(coarse=coarse) for coarse in SPACES]], ids=str)
+def test_nothing_is_kept_for_longer_than_it_holds(options):
+    """Once damping, statistics or the whole state are others, a step is that of an optimizer without a past."""
+    model, inputs = made("mixed")
+    optimizer = TwoLevelKFAC(model, lr=1e-3, update_interval=4, factor_interval=2, **options)
+    first = copy.deepcopy(optimizer.state_dict())
+    for t in range(8):
+        twin = copy.deepcopy(model)
+        fresh = TwoLevelKFAC(twin, **options)
+        if t == 3:
+            optimizer.param_groups[0]["damping"] *= 2
+        if t == 6:
+            optimizer.load_state_dict(first)
+        fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for net, opt in ((model, optimizer), (twin, fresh)):
+            opt.zero_grad()
+            loss_of(net(inputs * (1 + t))).mean().backward()
+            opt.step()
+        first = copy.deepcopy(fresh.state_dict()) if t == 0 else first
+        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+            assert_bitwise(a, b)
 
 
 @pytest.mark.parametrize("bad", [dict(form="both"), dict(coarse="fine"), dict(weight=-1.0), dict(lr=-1.0)], ids=str)

@@ -6,7 +6,7 @@ the sample's loss with respect to the output there. [W | b] is the matrix, its b
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -67,35 +67,59 @@ class Affine(ModuleLayer):
         parts = [matrix] if self.bias is None else [matrix[..., :-1], matrix[..., -1]]
         return [part.reshape(p.shape).to(p.dtype) for part, p in zip(parts, self.params, strict=True)]
 
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """[W | b] abar, [groups, q], of abar [groups, p]."""
+        weight = self.joined(self.weight)
+        outputs = (weight @ inputs[:, : weight.shape[2], None])[..., 0]
+        return outputs if self.bias is None else outputs + self.bias.view(self.groups, -1).to(self.dtype)
+
     def rows(self, uses: Sequence[Use], mean_loss: bool) -> Rows:
         """Of all uses. Uses of one forward pass are locations of the same samples, passes have samples of their own.
+        What comes may be a view of what the uses hold.
 
         ``mean_loss``: the loss was averaged over all samples, so that a sample's own gradient is that many times what
         autograd gave; otherwise it was a sum.
         """
         passes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         for use in uses:
-            inputs, gradients = self._patches(use.inputs), self._outputs(use.gradients)
+            inputs, gradients = self.patches(use.inputs), self._outputs(use.gradients)
             passes.setdefault((use.forward_pass, len(inputs)), []).append((inputs, gradients))
-        parts = [tuple(torch.cat(tensors, 1) for tensors in zip(*alike, strict=True)) for alike in passes.values()]
+        parts = [tuple(_joined(tensors, 1) for tensors in zip(*alike, strict=True)) for alike in passes.values()]
         samples = sum(len(inputs) for inputs, _ in parts)
         locations = sum(inputs.shape[0] * inputs.shape[1] for inputs, _ in parts) / samples
         inputs, gradients = (_stacked(tensors) for tensors in zip(*parts, strict=True))
         return Rows(inputs, gradients * samples if mean_loss else gradients, locations)
 
-    def _patches(self, inputs: Tensor) -> Tensor:
-        inputs = inputs.to(self.dtype)
+    def samples(self, uses: Sequence[Use]) -> int:
+        """m of all uses."""
+        return sum(count for _, count in {(use.forward_pass, len(self._batched(use.inputs))) for use in uses})
+
+    def means(self, uses: Sequence[Use], mean_loss: bool) -> tuple[Tensor, Tensor]:
+        """abar [groups, p] and g [groups, q], averaged over samples and locations; no rows are made for it."""
+        inputs, gradients, counts = [], [], []
+        for use in uses:
+            patches = self.patches(self._batched(use.inputs).mean(0, keepdim=True))
+            inputs.append(patches.mean((0, 1)))
+            gradients.append(self._outputs(self._batched(use.gradients).mean(0, keepdim=True)).mean((0, 1)))
+            counts.append(len(self._batched(use.inputs)) * patches.shape[1])
+        shares = [count / sum(counts) for count in counts]
+        scale = self.samples(uses) if mean_loss else 1
+        return (
+            sum(share * part for share, part in zip(shares, inputs, strict=True)),
+            sum(share * scale * part for share, part in zip(shares, gradients, strict=True)),
+        )
+
+    def patches(self, inputs: Tensor) -> Tensor:
+        """abar of a module's inputs, [m, T, groups, p]."""
+        inputs = self._batched(inputs)
         if isinstance(self.module, nn.Linear):
-            samples = inputs.shape[0] if inputs.ndim > 1 else 1
-            patches = inputs.reshape(samples, -1, 1, inputs.shape[-1])
+            patches = inputs.reshape(len(inputs), -1, 1, inputs.shape[-1])
         else:
             patches = self._unfolded(inputs)
         return patches if self.bias is None else functional.pad(patches, (0, 1), value=1.0)
 
     def _unfolded(self, inputs: Tensor) -> Tensor:
         module, dimensions = self.module, self.weight.ndim - 2
-        if inputs.ndim == dimensions + 1:
-            inputs = inputs[None]
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         padded = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
         kernel, stride, dilation = (tuple(t) for t in (module.kernel_size, module.stride, module.dilation))
@@ -105,13 +129,14 @@ class Affine(ModuleLayer):
         return columns.unflatten(1, (self.groups, -1)).permute(0, 3, 1, 2)
 
     def _outputs(self, gradients: Tensor) -> Tensor:
-        gradients = gradients.to(self.dtype)
+        """g of the gradients of a module's outputs, [m, T, groups, q]."""
+        gradients = self._batched(gradients)
         if isinstance(self.module, nn.Linear):
-            samples = gradients.shape[0] if gradients.ndim > 1 else 1
-            return gradients.reshape(samples, -1, 1, gradients.shape[-1])
-        if gradients.ndim == self.weight.ndim - 1:
-            gradients = gradients[None]
+            return gradients.reshape(len(gradients), -1, 1, gradients.shape[-1])
         return gradients.flatten(2).unflatten(1, (self.groups, -1)).permute(0, 3, 1, 2)
+
+    def _batched(self, x: Tensor) -> Tensor:
+        return (x[None] if x.ndim == self.weight.ndim - 1 else x).to(self.dtype)
 
 
 Kind = TypeVar("Kind", bound=ModuleLayer)
@@ -146,7 +171,12 @@ def layers_of(
     return layers
 
 
-def _stacked(tensors: Iterable[Tensor]) -> Tensor:
-    tensors = list(tensors)
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     most = max(tensor.shape[1] for tensor in tensors)
-    return torch.cat([functional.pad(t, (0, 0, 0, 0, 0, most - t.shape[1])) for t in tensors])
+    return _joined(
+        [t if t.shape[1] == most else functional.pad(t, (0, 0, 0, 0, 0, most - t.shape[1])) for t in tensors], 0
+    )

@@ -19,14 +19,6 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(-1)
 
 
-def inverse_update(h: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    """(I - rho s y^T) H (I - rho y s^T) + rho s s^T with rho = 1 / s^T y; as a sum, symmetric to the bit."""
-    hy, rho = times(h, y), 1 / dot(s, y)
-    cross = s[..., :, None] * (rho[..., None] * hy)[..., None, :]
-    scale = rho * (1 + rho * dot(y, hy))
-    return h + scale[..., None, None] * (s[..., :, None] * s[..., None, :]) - (cross + cross.mT)
-
-
 def double_damping(s: Tensor, y: Tensor, hy: Tensor, mu1: float, mu2: float) -> tuple[Tensor, Tensor]:
     """DD of Goldfarb, Ren & Bahamou: first an s with s^T y >= mu1 y^T H y, then, for that s, a y with
     s^T y >= mu2 s^T s.
@@ -55,17 +47,25 @@ def accepts(s: Tensor, y: Tensor, v: Tensor) -> Tensor:
 
 
 def gated_update(h: Tensor, s: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """H after the update, where it is accepted and finite, else H; and where that was, [...]."""
-    new = inverse_update(h, s, y)
-    good = accepts(s, y, v) & new.isfinite().flatten(-2).all(-1)
-    return torch.where(good[..., None, None], new, h), good
+    """(I - rho s y^T) H (I - rho y s^T) + rho s s^T with rho = 1 / s^T y, where that is accepted and finite, else H;
+    and whether it is, [...].
+
+    As H + s z^T + z s^T, symmetric to the bit. No element of H is larger than the largest of its diagonal.
+    """
+    hy, rho = times(h, y), 1 / dot(s, y)[..., None]
+    z = rho / 2 * (1 + rho * dot(y, hy)[..., None]) * s - rho * hy
+    bound = h.diagonal(dim1=-2, dim2=-1).amax(-1) + 2 * s.abs().amax(-1) * z.abs().amax(-1)
+    good = accepts(s, y, v) & bound.isfinite()
+    s, z = (torch.where(good[..., None], vector, 0.0) for vector in (s, z))
+    half = s[..., :, None] * z[..., None, :]
+    return h + (half + half.mT), good
 
 
-def action_update(h: Tensor, matrix: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Towards the inverse of a known matrix along H v, by the matrix's action there: s = H v, y = matrix s. Returns
-    what ``gated_update`` does."""
+def action_update(h: Tensor, matrix: Tensor, damping: float, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Towards the inverse of a known matrix + damping I along H v, by its action there: s = H v, y = matrix s + damping
+    s. Returns what ``gated_update`` does."""
     s = times(h, v)
-    return gated_update(h, s, times(matrix, s), v)
+    return gated_update(h, s, times(matrix, s) + damping * s, v)
 
 
 def limited_product(s: Tensor, y: Tensor, x: Tensor) -> Tensor:

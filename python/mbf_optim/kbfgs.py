@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .affine import Affine, Rows, affine_layers
+from .affine import Affine, affine_layers
 from .bfgs import accepts, action_update, double_damping, gated_update, limited_product
-from .capture import Capture
+from .capture import Capture, Use
 from .kronecker import damped, gram, inverses
 from .model_optimizer import ModelOptimizer, count, number
 
@@ -26,6 +26,16 @@ class Means(NamedTuple):
     inputs: Tensor  # abar, [groups, p]
     outputs: Tensor  # h = W abar, [groups, q]
     gradients: Tensor  # g, [groups, q]
+
+
+class Pair(NamedTuple):
+    """For H_g of a layer."""
+
+    s: Tensor  # [groups, q]
+    y: Tensor
+    v: Tensor  # mean g at W
+    state: dict
+    group: dict
 
 
 class QuasiNewton(ModelOptimizer):
@@ -54,13 +64,11 @@ class QuasiNewton(ModelOptimizer):
         groups = {layer: group_of[id(layer.weight)] for layer in self._layers}
         random = _RandomState(param.device for group in self.param_groups for param in group["params"])
         loss = self._evaluated(closure)
-        first = {layer: self._observe(layer, groups[layer]) for layer in self._used()}
+        first = self._observe(groups)
         self._move()
         with random.again(), _untouched(self._model, self.param_groups):
             self._evaluated(closure)
-        for layer in self._used():
-            if first.get(layer) is not None:
-                self._learn(layer, first[layer], self._means(layer, self._rows(layer)), groups[layer])
+        self._learn(first, groups)
         self._capture.clear()
         for group in self.param_groups:
             group["step"] += 1
@@ -77,8 +85,8 @@ class QuasiNewton(ModelOptimizer):
         """H_g X for X [groups, q, c]."""
 
     @abstractmethod
-    def _take(self, state: dict, s: Tensor, y: Tensor, v: Tensor, group: dict) -> Tensor:
-        """Updates H_g where the pair is accepted; where that was, [groups]."""
+    def _take(self, pairs: Sequence[Pair]) -> list[Tensor]:
+        """Updates H_g of layers where their pairs are accepted; where those were, [groups] each."""
 
     # ------------------------------------------------------------------ the step
 
@@ -86,35 +94,41 @@ class QuasiNewton(ModelOptimizer):
         self._capture.clear()
         return super()._evaluated(closure)
 
-    def _used(self) -> list[Affine]:
-        return [layer for layer in self._layers if self._capture.uses(layer.module)]
+    def _uses(self) -> dict[Affine, list[Use]]:
+        """Of the layers that were used."""
+        return {layer: uses for layer in self._layers if (uses := self._capture.uses(layer.module))}
 
-    def _rows(self, layer: Affine) -> Rows:
-        return layer.rows(self._capture.uses(layer.module), self._mean_loss)
-
-    def _means(self, layer: Affine, rows: Rows) -> Means:
+    def _means(self, layer: Affine, uses: Sequence[Use]) -> Means:
         """At the weights as they are. A frozen bias is in no mean of h, and drops out of s."""
-        total = len(rows.inputs) * rows.locations
-        inputs, gradients = rows.inputs.sum((0, 1)) / total, rows.gradients.sum((0, 1)) / total
-        return Means(inputs, (layer.joined(*layer.params) @ inputs[..., None])[..., 0], gradients)
+        inputs, gradients = layer.means(uses, self._mean_loss)
+        return Means(inputs, layer.outputs(inputs), gradients)
 
-    def _observe(self, layer: Affine, group: dict) -> Means | None:
-        """Updates A; None where nothing can be learned."""
-        rows, state = self._rows(layer), self.state[layer.weight]
-        new = gram(rows.inputs) / len(rows.inputs)
-        if not bool(new.sum().isfinite()):
-            return self._skip(state, len(new))
+    def _observe(self, groups: dict[Affine, dict]) -> dict[Affine, Means]:
+        """Updates A; of the layers where something can be learned the means."""
+        used, means = self._uses(), {}
+        bounds = [_trace_bound(layer, uses) for layer, uses in used.items()]
+        for (layer, uses), bound in zip(used.items(), _on_host(bounds), strict=True):
+            if math.isfinite(bound) and self._average_inputs(layer, uses, groups[layer]):
+                means[layer] = self._means(layer, uses)
+            else:
+                self._skip(self.state[layer.weight], layer.groups)
+        return means
+
+    def _average_inputs(self, layer: Affine, uses: Sequence[Use], group: dict) -> bool:
+        """Updates A; whether that could be done."""
+        state = self.state[layer.weight]
+        new = sum(gram(layer.patches(use.inputs)) for use in uses) / layer.samples(uses)
         if "A" in state:
-            state["A"] = group["decay"] * state["A"] + (1 - group["decay"]) * new
+            state["A"].lerp_(new, 1 - group["decay"])
         else:
-            inverse, good = inverses([_damped(new, group)])[0]
+            inverse, good = inverses([damped(new, new.new_full((len(new),), group["damping"] ** 0.5))])[0]
             if not bool(good.all()):  # without damping
-                return self._skip(state, len(new))
+                return False
             state["A"], state["A_inverse"] = new, inverse
             self._start(layer, state)
             state["s"] = state["y"] = new.new_zeros(layer.shape[:2])
         state["updates"] = state.get("updates", 0) + 1
-        return self._means(layer, rows)
+        return True
 
     def _move(self) -> None:
         for group in self.param_groups:
@@ -144,20 +158,32 @@ class QuasiNewton(ModelOptimizer):
             gradients = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
 
-    def _learn(self, layer: Affine, first: Means, second: Means, group: dict) -> None:
+    def _learn(self, first: dict[Affine, Means], groups: dict[Affine, dict]) -> None:
         """Updates H_a and H_g, from the means at W and at W+."""
-        state, decay = self.state[layer.weight], group["decay"]
-        state["A_inverse"], good = action_update(state["A_inverse"], _damped(state["A"], group), first.inputs)
-        self._skip(state, int((~good).sum()))
-        pair = second.outputs - first.outputs, second.gradients - first.gradients
-        if not all(bool(vector.sum().isfinite()) for vector in pair):
-            return self._skip(state, len(good))
-        for name, vector in zip("sy", pair, strict=True):
-            state[name] = decay * state[name] + (1 - decay) * vector
+        pairs, good = [], []
+        for layer, uses in self._uses().items():
+            if layer in first:
+                state, group, means = self.state[layer.weight], groups[layer], first[layer]
+                good.append(self._act(state, means.inputs, group))
+                pairs.append(self._pair(state, means, self._means(layer, uses), group))
+        refused = [(~a).sum() + (~g).sum() for a, g in zip(good, self._take(pairs), strict=True)]
+        for pair, skipped in zip(pairs, _on_host(refused), strict=True):
+            self._skip(pair.state, skipped)
+
+    def _act(self, state: dict, v: Tensor, group: dict) -> Tensor:
+        """Updates H_a by the action of A + sqrt(lambda) I; where it is accepted, [groups]."""
+        state["A_inverse"], good = action_update(state["A_inverse"], state["A"], group["damping"] ** 0.5, v)
+        return good
+
+    def _pair(self, state: dict, first: Means, second: Means, group: dict) -> Pair:
+        """Updates s and y, if what is new is finite; otherwise the pair is NaN, and refused."""
+        s, y = second.outputs - first.outputs, second.gradients - first.gradients
+        finite = (s.sum() + y.sum()).isfinite()
+        for name, new in (("s", s), ("y", y)):
+            state[name] = torch.where(finite, torch.lerp(state[name], new, 1 - group["decay"]), state[name])
         product = self._product(state, state["y"][..., None])[..., 0]
         s, y = double_damping(state["s"], state["y"], product, MU1, group["damping"] ** 0.5)
-        good = self._take(state, s, y, first.gradients, group)
-        self._skip(state, int((~good).sum()))
+        return Pair(torch.where(finite, s, math.nan), y, first.gradients, state, group)
 
     @staticmethod
     def _skip(state: dict, groups: int) -> None:
@@ -229,9 +255,11 @@ class KBFGS(QuasiNewton):
     def _product(self, state: dict, x: Tensor) -> Tensor:
         return state["G_inverse"] @ x
 
-    def _take(self, state: dict, s: Tensor, y: Tensor, v: Tensor, group: dict) -> Tensor:
-        state["G_inverse"], good = gated_update(state["G_inverse"], s, y, v)
-        return good
+    def _take(self, pairs: Sequence[Pair]) -> list[Tensor]:
+        found = [gated_update(pair.state["G_inverse"], pair.s, pair.y, pair.v) for pair in pairs]
+        for pair, (new, _) in zip(pairs, found, strict=True):
+            pair.state["G_inverse"] = new
+        return [good for _, good in found]
 
     def _structure(self, layer: Affine) -> tuple[str, int, int]:
         groups, outputs, inputs = layer.shape
@@ -271,13 +299,14 @@ class KBFGSL(QuasiNewton):
     def _product(self, state: dict, x: Tensor) -> Tensor:
         return limited_product(state["S"], state["Y"], x)
 
-    def _take(self, state: dict, s: Tensor, y: Tensor, v: Tensor, group: dict) -> Tensor:
-        good = accepts(s, y, v)
-        if bool(good.any()):
-            for name, vector in (("S", s), ("Y", y)):
-                row = torch.where(good[:, None], vector, 0)[:, None]
-                state[name] = torch.cat([state[name], row], 1)[:, -group["memory"] :]
-        return good
+    def _take(self, pairs: Sequence[Pair]) -> list[Tensor]:
+        found = [accepts(pair.s, pair.y, pair.v) for pair in pairs]
+        for pair, good, some in zip(pairs, found, _on_host([good.any() for good in found]), strict=True):
+            if some:
+                for name, vector in (("S", pair.s), ("Y", pair.y)):
+                    row = torch.where(good[:, None], vector, 0)[:, None]
+                    pair.state[name] = torch.cat([pair.state[name], row], 1)[:, -pair.group["memory"] :]
+        return found
 
     def _structure(self, layer: Affine) -> tuple[str, int, int]:
         groups, _, inputs = layer.shape
@@ -289,9 +318,15 @@ class KBFGSL(QuasiNewton):
         count(self._title, "memory", options["memory"])
 
 
-def _damped(a: Tensor, group: dict) -> Tensor:
-    """A + sqrt(lambda) I."""
-    return damped(a, a.new_full((len(a),), group["damping"] ** 0.5))
+def _trace_bound(layer: Affine, uses: Sequence[Use]) -> Tensor:
+    """Of m tr A: no input is in more than p patches' places."""
+    squares = [torch.linalg.vector_norm(use.inputs, dtype=layer.dtype).square() for use in uses]
+    return layer.shape[2] * sum(squares)
+
+
+def _on_host(scalars: Sequence[Tensor]) -> list:
+    """Numbers, waited for once."""
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist() if scalars else []
 
 
 class _RandomState:

@@ -101,7 +101,7 @@ class KFAC(LayerwiseOptimizer):
         state["updates"] = state.get("updates", 0) + 1
         keep = min(1 - 1 / state["updates"], group["decay"])
         for name, matrix in new.items():
-            state[name] = matrix if name not in state else keep * state[name] + (1 - keep) * matrix
+            state[name] = matrix if name not in state else state[name].lerp_(matrix, 1 - keep)
 
     def _refresh(self, layers: list[Affine], groups: dict[int, dict]) -> None:
         factored, dampings = [], []

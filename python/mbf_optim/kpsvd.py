@@ -109,7 +109,7 @@ class KPSVD(LayerwiseOptimizer):
         keep = min(1 - 1 / state["updates"], group["decay"])
         for names, pair in zip((FIRST, SECOND), pairs, strict=False):
             for name, new in zip(names, _aligned(pair, state, names), strict=True):
-                state[name] = keep * state[name] + (1 - keep) * new if name in state else new
+                state[name] = state[name].lerp_(new, 1 - keep) if name in state else new
 
     def _pairs(self, rows: Rows, state: dict, group: dict) -> list[Pair]:
         """Of the batch; iterations start from the averages so far."""

@@ -14,6 +14,7 @@ from mbf_kernels import SymmetricBlocks, factor, solve
 
 from .affine import Rows
 
+BLOCK = 128  # of symmetric products
 KERNEL_SIZE = 128  # up to here the inverses of all layers are kernels' work, above torch.linalg's
 
 
@@ -30,7 +31,16 @@ def output_factor(rows: Rows) -> Tensor:
 def gram(rows: Tensor) -> Tensor:
     """sum x x^T over samples and locations, [groups, n, n], of [m, T, groups, n]."""
     columns = rows.flatten(0, 1).permute(1, 2, 0)
-    return columns @ columns.mT
+    return symmetric_product(columns, columns)
+
+
+def symmetric_product(x: Tensor, y: Tensor) -> Tensor:
+    """X Y^T [groups, n, n] of X, Y [groups, n, k], where it is symmetric: made of what is on the diagonal and above."""
+    groups, n, _ = x.shape
+    product = x.new_empty(groups, n, n)
+    for start in range(0, n, BLOCK):
+        product[:, start : start + BLOCK, start:] = x[:, start : start + BLOCK] @ y[:, start:].mT
+    return product.triu() + product.triu(1).mT
 
 
 def mean_diagonal(matrix: Tensor) -> Tensor:

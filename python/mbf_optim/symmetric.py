@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from .kronecker import symmetric_product
+
 CHUNK = 2**24  # weights that are held at once
 
 
@@ -21,7 +23,7 @@ class Space(ABC):
 
     @abstractmethod
     def combination(self, weights: Iterable[Tensor]) -> Tensor:
-        """The vector of such weights, the symmetric part of the matrix."""
+        """The vector of such weights, symmetric in t and t'."""
 
     @abstractmethod
     def total(self) -> Tensor:
@@ -56,8 +58,8 @@ class Matrices(Space):
         return sum(_combination(part, rows) for part, rows in zip(weights, self._parts, strict=True))
 
     def total(self) -> Tensor:
-        columns = self._rows.flatten(1, 2)
-        return columns.mT @ columns
+        columns = self._rows.flatten(1, 2).mT
+        return symmetric_product(columns, columns)
 
     def random(self) -> Tensor:
         root = torch.rand_like(self._rows[:, 0, :1])
@@ -85,7 +87,7 @@ class Samples(Space):
         wide = wide / longest
         self._square, self._rows = longest.square().to(rows.dtype), wide[:, :, None].to(rows.dtype)
         m, n = wide.shape[1:]
-        gram = (wide @ wide.mT).square_()
+        gram = symmetric_product(wide, wide).square_()
         gram.diagonal(dim1=1, dim2=2).add_(m * (m + 2 * n) * torch.finfo(gram.dtype).eps)
         self._root = torch.linalg.cholesky_ex(gram).L.to(rows.dtype)
 
@@ -112,5 +114,4 @@ class Samples(Space):
 
 
 def _combination(weights: Tensor, rows: Tensor) -> Tensor:
-    total = rows.flatten(1, 2).mT @ (weights @ rows).flatten(1, 2)
-    return (total + total.mT) / 2
+    return symmetric_product((weights @ rows).flatten(1, 2).mT, rows.flatten(1, 2).mT)

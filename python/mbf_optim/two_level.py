@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mbf_kernels import SymmetricBlocks, factor, solve
-
 from .affine import Affine, Rows
 from .kfac import KFAC
 from .model_optimizer import number
+from .sample_gradients import NAMES, Factored, Whole, kept, sample_gradients
 
 FORMS = ("multiplicative", "additive")
 SPACES = ("nicolaides", "spectral", "krylov", "residual", "krylov_residual")
-ROWS = ("rows_inputs", "rows_gradients")
+SUMS = ("input_sums", "output_gradient_sums")  # over inputs and over outputs, [m, T, groups]
 
 Vectors = dict[Affine, Tensor]  # of all layers together, as matrices [groups, q, p]
-
-
-class Coarse(NamedTuple):
-    """A vector of R0: it lives on one layer."""
-
-    layer: Affine
-    vector: Tensor  # [groups, q, p]
+Made = TypeVar("Made")
 
 
 class TwoLevelKFAC(KFAC):
@@ -49,8 +42,8 @@ class TwoLevelKFAC(KFAC):
             K-FAC^-1 of it. Each is divided by its largest element.
         weight: w >= 0. With 0 it is K-FAC.
 
-    All layers with as many samples as the first take part. F_c, one row for each vector, is factored by the kernels up
-    to 128 of them. The inputs and gradients of the last update stay in memory.
+    All layers with as many samples as the first take part. The last update's inputs and output gradients, or the
+    gradients of its samples, stay in memory.
 
     Sources: N. Tselepidis, J. Kohler, A. Orvieto, "Two-Level K-FAC Preconditioning for Deep Learning", 2020 (additive);
     A. Koroko and others, "Analysis and Comparison of Two-Level KFAC Methods for Training Deep Neural Networks", 2023.
@@ -70,6 +63,7 @@ class TwoLevelKFAC(KFAC):
     ):
         self._own = {"form": form, "coarse": coarse, "weight": weight}
         self.energy_change: Tensor | None = None
+        self._last: tuple[tuple, list, Any] | None = None
         super().__init__(model, lr, **options)
 
     def _own_options(self) -> dict:
@@ -90,60 +84,81 @@ class TwoLevelKFAC(KFAC):
         before = state.get("updates", 0)
         super()._observe(layer, rows, state, group)
         if state.get("updates", 0) > before:
-            state |= zip(ROWS, rows[:2], strict=True)
+            for name in NAMES:
+                state.pop(name, None)
+            state |= kept(rows) | {name: part.sum(3) for name, part in zip(SUMS, rows, strict=False)}
 
     def _coupled(self, gradients: Vectors, directions: Vectors, groups: dict[int, dict]) -> Vectors:
-        together = self._together(directions)
-        options = self.param_groups[0]
+        together, options = self._together(directions), self.param_groups[0]
         if not together or not options["weight"]:
             return directions
-        zeta = {layer: directions[layer] for layer in together}
-        gradient = {layer: gradients[layer] for layer in together}
+        zeta, gradient = ({layer: vectors[layer] for layer in together} for vectors in (directions, gradients))
         damping = {layer: groups[id(layer)]["damping"] for layer in together}
-        fisher = Fisher({layer: self._rows(layer) for layer in together}, damping)
+        fisher = Fisher({layer: sample_gradients(self.state[layer.weight]) for layer in together}, damping)
         if options["form"] == "additive":
-            space, right, matrix = self._ones(together), gradient, fisher.kronecker_coarse()
+            coarse = self._kept(damping, lambda: self._additive(zeta, damping))
+            right = coarse.products(gradient)
         else:
-            right = _minus(gradient, fisher.times(zeta))
-            space = self._space(options["coarse"], right, groups)
-            matrix = fisher.coarse(space)
-        beta, good = _solved(matrix, torch.stack([(c.vector * right[c.layer]).sum() for c in space]))
-        corrected = dict(zeta)
-        for amount, c in zip(beta, space, strict=True):
-            corrected[c.layer] = corrected[c.layer] + options["weight"] * amount * c.vector
+            coarse, right = self._multiplicative(fisher, gradient, zeta, groups)
+        beta, good = _solved(coarse.matrix, right)
+        moves = coarse.combination(options["weight"] * beta)
+        corrected = {layer: vector + moves[layer] for layer, vector in zeta.items()}
         good = good & (sum((corrected[layer] * gradient[layer]).sum() for layer in together) > 0)
         self.energy_change = None
         if options["form"] == "multiplicative":
-            drop = (2 * options["weight"] - options["weight"] ** 2) * (beta @ matrix @ beta)
+            drop = (2 * options["weight"] - options["weight"] ** 2) * (beta @ coarse.matrix @ beta)
             self.energy_change = torch.where(good, -drop, 0.0)
         return directions | {layer: torch.where(good, corrected[layer], zeta[layer]) for layer in together}
 
+    def _additive(self, zeta: Vectors, damping: dict[Affine, float]) -> Coarse:
+        sums = {layer: [self.state[layer.weight][name] for name in SUMS] for layer in zeta}
+        return Coarse(self._space("nicolaides", zeta, {}), between_layers(sums, damping))
+
+    def _multiplicative(
+        self, fisher: Fisher, gradient: Vectors, zeta: Vectors, groups: dict[int, dict]
+    ) -> tuple[Coarse, Tensor]:
+        """And R0 (grad - F zeta), with F zeta itself only where vectors are made of it."""
+        name = self.param_groups[0]["coarse"]
+        weights = fisher.mean_scores(zeta)
+        rest = {layer: gradient[layer] - fisher.damping[layer] * vector for layer, vector in zeta.items()}
+        if name.endswith("residual"):
+            residual = {layer: vector - fisher.combination(layer, weights) for layer, vector in rest.items()}
+            coarse, scores = fisher.coarse(self._space(name, residual, groups))
+        else:
+            coarse, scores = self._kept(fisher.damping, lambda: fisher.coarse(self._space(name, zeta, groups)))
+        return coarse, coarse.products(rest) - scores @ weights
+
+    def _kept(self, damping: dict[Affine, float], make: Callable[[], Made]) -> Made:
+        """From the last step, where the options and statistics that it depends on are still the same."""
+        states = [self.state[layer.weight] for layer in damping]
+        values = [value for state in states for name, value in state.items() if name != "momentum_buffer"]
+        options = self.param_groups[0]
+        key = options["form"], options["coarse"], *damping.values(), *map(id, values)
+        if self._last is None or self._last[0] != key:
+            self._last = key, values, make()  # the values, as ids are of what lives
+        return self._last[2]
+
     def _together(self, directions: Vectors) -> list[Affine]:
         """Layers that have seen the same samples."""
-        kept = [layer for layer in directions if ROWS[0] in self.state[layer.weight]]
-        return [layer for layer in kept if len(self._rows(layer).inputs) == len(self._rows(kept[0]).inputs)]
+        samples = {
+            layer: len(self.state[layer.weight][SUMS[0]]) for layer in directions if SUMS[0] in self.state[layer.weight]
+        }
+        return [layer for layer, count in samples.items() if count == next(iter(samples.values()))]
 
-    def _rows(self, layer: Affine) -> Rows:
-        inputs, gradients = (self.state[layer.weight][name] for name in ROWS)
-        return Rows(inputs, gradients, inputs.shape[1])
-
-    def _ones(self, layers: Sequence[Affine]) -> list[Coarse]:
-        return [Coarse(layer, layer.weight.new_ones(layer.shape, dtype=layer.dtype)) for layer in layers]
-
-    def _space(self, name: str, residual: Vectors, groups: dict[int, dict]) -> list[Coarse]:
-        def preconditioned(vector: Coarse) -> Coarse:
-            return Coarse(vector.layer, self._direction(vector.layer, vector.vector, groups[id(vector.layer)]))
-
-        layers = list(residual)
-        if name == "spectral":
-            space = [Coarse(layer, self._lowest(layer)) for layer in layers]
-        elif name in ("nicolaides", "krylov"):
-            space = self._ones(layers)
-        else:
-            space = [preconditioned(Coarse(layer, residual[layer])) for layer in layers]
-        if name.startswith("krylov"):
-            space += map(preconditioned, space.copy())
-        return [Coarse(c.layer, _scaled(c.vector)) for c in space]
+    def _space(self, name: str, residual: Vectors, groups: dict[int, dict]) -> Vectors:
+        """R0: [vectors, groups, q, p] by layer."""
+        space = {}
+        for layer, vector in residual.items():
+            if name == "spectral":
+                vectors = [self._lowest(layer)]
+            elif name in ("nicolaides", "krylov"):
+                vectors = [torch.ones_like(vector)]
+            else:
+                vectors = [self._direction(layer, vector, groups[id(layer)])]
+            if name.startswith("krylov"):
+                vectors.append(self._direction(layer, vectors[0], groups[id(layer)]))
+            space[layer] = torch.stack([_scaled(vector) for vector in vectors])
+        return space
 
     def _lowest(self, layer: Affine) -> Tensor:
         """Of A (x) G the eigenvector of the smallest eigenvalue, in every group."""
@@ -151,52 +166,58 @@ class TwoLevelKFAC(KFAC):
         return g[:, :, None] * a[:, None]
 
 
+class Coarse(NamedTuple):
+    """R0, and F_c."""
+
+    space: Vectors  # [vectors, groups, q, p] by layer
+    matrix: Tensor
+
+    def products(self, x: Vectors) -> Tensor:
+        """R0 x, [all vectors]."""
+        return torch.cat([vectors.flatten(1) @ x[layer].flatten() for layer, vectors in self.space.items()])
+
+    def combination(self, beta: Tensor) -> Vectors:
+        """R0^T beta."""
+        parts = beta.split([len(vectors) for vectors in self.space.values()])
+        return {layer: torch.tensordot(b, v, 1) for b, (layer, v) in zip(parts, self.space.items(), strict=True)}
+
+
 class Fisher:
     """F = (1/m) sum_n dW_n dW_n^T + lambda I of several layers, which is never formed."""
 
-    def __init__(self, rows: dict[Affine, Rows], damping: dict[Affine, float]):
-        self._rows, self._damping = rows, damping
-        self._samples = len(next(iter(rows.values())).inputs)
+    def __init__(self, gradients: dict[Affine, Whole | Factored], damping: dict[Affine, float]):
+        self._gradients, self.damping = gradients, damping
 
-    def scores(self, layer: Affine, vector: Tensor) -> Tensor:
-        """vector . dW_n of every sample, [m]."""
-        rows = self._rows[layer]
-        return torch.einsum("mtgq,gqp,mtgp->m", rows.gradients, vector, rows.inputs)
+    def mean_scores(self, vectors: Vectors) -> Tensor:
+        """Their products with dW_n over m, of every sample, [m]."""
+        scores = sum(self._gradients[layer].scores(vector) for layer, vector in vectors.items())
+        return scores / len(scores)
 
-    def times(self, vectors: Vectors) -> Vectors:
-        weights = sum(self.scores(layer, vector) for layer, vector in vectors.items()) / self._samples
-        return {layer: self._sum(layer, weights) + self._damping[layer] * x for layer, x in vectors.items()}
+    def combination(self, layer: Affine, weights: Tensor) -> Tensor:
+        """sum_n weights[n] dW_n of a layer."""
+        return self._gradients[layer].combination(weights)
 
-    def coarse(self, space: Sequence[Coarse]) -> Tensor:
-        """R0 F R0^T."""
-        scores = torch.stack([self.scores(c.layer, c.vector) for c in space])
-        products = torch.stack([torch.stack([self._damped_product(c, d) for d in space]) for c in space])
-        return scores @ scores.T / self._samples + products
+    def coarse(self, space: Vectors) -> tuple[Coarse, Tensor]:
+        """With F_c = R0 F R0^T; and the products of all its vectors with dW_n, [vectors, m]."""
+        scores = [self._gradients[layer].scores(vector) for layer, vectors in space.items() for vector in vectors]
+        blocks = [self.damping[layer] * vectors.flatten(1) @ vectors.flatten(1).T for layer, vectors in space.items()]
+        stacked = torch.stack(scores)
+        return Coarse(space, stacked @ stacked.T / stacked.shape[1] + torch.block_diag(*blocks)), stacked
 
-    def _damped_product(self, c: Coarse, d: Coarse) -> Tensor:
-        if c.layer is not d.layer:
-            return c.vector.new_zeros(())
-        return self._damping[c.layer] * (c.vector * d.vector).sum()
 
-    def kronecker_coarse(self) -> Tensor:
-        """sum(A_ij) sum(G_ij) + lambda I, groups of a layer summed."""
-        layers = list(self._rows)
-        matrix = torch.stack([torch.stack([self._product(i, j) for j in layers]) for i in layers])
-        damping = torch.tensor([self._damping[layer] for layer in layers], dtype=matrix.dtype, device=matrix.device)
-        return matrix + damping.diag()
+def between_layers(sums: dict[Affine, Sequence[Tensor]], damping: dict[Affine, float]) -> Tensor:
+    """sum(A_ij) sum(G_ij) + lambda I, groups of a layer summed, of sums over inputs and over outputs [m, T, groups]."""
+    matrix = torch.stack([torch.stack([_product(i, j) for j in sums.values()]) for i in sums.values()])
+    return matrix + torch.tensor(list(damping.values()), dtype=matrix.dtype, device=matrix.device).diag()
 
-    def _product(self, i: Affine, j: Affine) -> Tensor:
-        """sum over groups of sum(A_ij) sum(G_ij), locations pooled to the fewer of both."""
-        locations = min(self._rows[layer].inputs.shape[1] for layer in (i, j))
-        a, b = (_pooled(self._rows[layer].inputs.sum(3), locations) for layer in (i, j))
-        c, d = (_pooled(self._rows[layer].gradients.sum(3), locations) for layer in (i, j))
-        inputs = torch.einsum("mtg,mth->gh", a, b) / self._samples
-        gradients = torch.einsum("mtg,mth->gh", c, d) / (self._samples * locations)
-        return (inputs * gradients).sum()
 
-    def _sum(self, layer: Affine, weights: Tensor) -> Tensor:
-        rows = self._rows[layer]
-        return torch.einsum("m,mtgq,mtgp->gqp", weights, rows.gradients, rows.inputs)
+def _product(i: Sequence[Tensor], j: Sequence[Tensor]) -> Tensor:
+    """sum over groups of sum(A_ij) sum(G_ij), locations pooled to the fewer of both."""
+    samples, locations = len(i[0]), min(i[0].shape[1], j[0].shape[1])
+    inputs, gradients = (
+        torch.einsum("mtg,mth->gh", *(_pooled(part, locations) for part in parts)) for parts in zip(i, j, strict=True)
+    )
+    return (inputs * gradients).sum() / (samples**2 * locations)
 
 
 def _pooled(sums: Tensor, locations: int) -> Tensor:
@@ -206,16 +227,12 @@ def _pooled(sums: Tensor, locations: int) -> Tensor:
 
 def _solved(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """And whether it could be solved."""
-    lower, info = factor(SymmetricBlocks.from_dense(matrix[None]), damping=0.0)
-    solution = solve(lower, right[None])[0]
-    good = (info[0] == 0) & solution.isfinite().all()
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    solution = torch.cholesky_solve(right[:, None], lower)[:, 0]
+    good = (info == 0) & solution.isfinite().all()
     return torch.where(good, solution, 0.0), good
 
 
 def _scaled(vector: Tensor) -> Tensor:
     largest = vector.abs().amax()
     return torch.where(largest > 0, vector / largest, vector)
-
-
-def _minus(x: Vectors, y: Vectors) -> Vectors:
-    return {layer: x[layer] - y[layer] for layer in x}
