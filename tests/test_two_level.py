@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from mbf_optim import KFAC, TwoLevelKFAC
+from mbf_optim import KFAC, TwoLevelKFAC, two_level
 from mbf_optim.affine import Rows, affine_layers
 from mbf_optim.sample_gradients import Factored, Whole, kept, sample_gradients
 from mbf_optim.two_level import SPACES, SUMS, between_layers
@@ -12,6 +12,7 @@ from test_capture import own_gradients
 from test_kfac import PLAIN, dense_factors, loss_of, network_of, vec
 from torch import nn
 
+from mbf_kernels import factor
 from mbf_kernels.testing import assert_bitwise, randn
 
 DAMPING = 0.3
@@ -257,6 +258,21 @@ def test_the_energy_falls_at_every_step_of_a_run(coarse):
         optimizer.step()
         assert optimizer.energy_change.item() <= 0
         assert all(param.isfinite().all() for param in model.parameters())
+
+
+@pytest.mark.parametrize("coarse, vectors", [("nicolaides", 1), ("krylov", 2)])
+def test_the_coarse_system_is_the_kernels(monkeypatch, coarse, vectors):
+    """Factored by mbf_kernels, which serve up to 128 vectors."""
+    sizes = []
+
+    def counted(blocks, **options):
+        sizes.append(blocks.size)
+        return factor(blocks, **options)
+
+    monkeypatch.setattr(two_level, "factor", counted)
+    model, inputs = made("mixed")
+    stepped(model, inputs, coarse=coarse)
+    assert sizes == [vectors * len(affine_layers(model))]
 
 
 def test_layers_with_other_samples_stay_with_kfac():

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mbf_kernels import SymmetricBlocks, factor, solve
+
 from .affine import Affine, Rows
 from .kfac import KFAC
 from .model_optimizer import number
@@ -227,9 +229,9 @@ def _pooled(sums: Tensor, locations: int) -> Tensor:
 
 def _solved(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """And whether it could be solved."""
-    lower, info = torch.linalg.cholesky_ex(matrix)
-    solution = torch.cholesky_solve(right[:, None], lower)[:, 0]
-    good = (info == 0) & solution.isfinite().all()
+    lower, info = factor(SymmetricBlocks.from_dense(matrix[None]), damping=0.0)
+    solution = solve(lower, right[None])[0]
+    good = (info[0] == 0) & solution.isfinite().all()
     return torch.where(good, solution, 0.0), good
 
 
