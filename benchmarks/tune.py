@@ -20,7 +20,8 @@ from benchmarks.train import train
 from benchmarks.tuned import FILE, load
 
 BUDGET = 12  # trials
-FAIR_SHARE = 0.6  # of the best trial's progress, in decades; less after a fifth of the epochs ends a trial
+FAIR_SHARE = 0.6  # of the best trial's progress, log(fresh / loss); less after a fifth of the epochs ends a trial
+LITTLE = 0.1  # of progress: below, a trial has failed, or a dead network would do better than a live one that diverges
 MANTISSAS = (1, 3)
 
 Place = tuple[int, ...]  # on the grid, a number for each option
@@ -43,7 +44,7 @@ def moves(dimensions: int) -> list[Place]:
 
 
 def walk(start: Place, loss_at: Callable[[Place], float], budget: int) -> None:
-    """Downhill over the grid, straight on first; from a start that diverges, along the learning rate until it does not.
+    """Downhill over the grid, straight on first; from a start that fails, along the learning rate until it does not.
     Calls ``loss_at`` for at most ``budget`` places, for each once."""
     here, tried, order = start, {start: loss_at(start)}, moves(len(start))
     while tried[here] == math.inf and len(tried) < budget:
@@ -83,7 +84,8 @@ class Trials:
         if not note:
             how = {"epochs": self._problem.epochs, "hopeless": partial(behind, self._best)}
             run = train(self._problem, self._optimizer, options, **how)
-            note, loss = run["note"], math.inf if run["note"] else run["history"][-1][self._problem.judge]
+            note = run["note"] or ("learned nothing" if _progress(run["history"], -1) < LITTLE else "")
+            loss = math.inf if note else run["history"][-1][self._problem.judge]
         if loss < min((trial["loss"] for trial in self._trials if trial["loss"] is not None), default=math.inf):
             self._best[:] = run["history"]
         self._trials.append({"options": options, "loss": None if note else loss, "note": note})
