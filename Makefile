@@ -64,7 +64,7 @@ sanitize-address sanitize-thread: sanitize-%:
 
 gates: $(VENV)/installed
 	$(PY) -m pip install --quiet pybind11 cmake ninja
-	$(PY) tools/cuda_gate.py --check --built mbf_kernels/_C.*.so
+	$(PY) tools/cuda_gate.py --check --unchanged --built mbf_kernels/_C.*.so
 	$(PY) tools/triton_gate.py --check
 
 instructions:

@@ -41,7 +41,7 @@ def row(problem: Problem, alike: list[dict], seconds: float) -> tuple[str, ...]:
         spread(entry["train_loss"] for entry in last),
         spread(entry["test_accuracy" if problem.accuracy else "test_loss"] for entry in last),
         spread(entry["train_loss"] for entry in timely),
-        f"{statistics.median(entry['epoch'] for entry in timely)}",
+        f"{statistics.median(entry['epoch'] for entry in timely):g}",
         markdown.number(statistics.median(run["iteration_ms"] for run in alike)),
     )
 

@@ -19,10 +19,12 @@ namespace py = pybind11;
 using Problems = std::vector<mbf::Problem>;
 using SharedProblems = std::vector<mbf::SharedProblem>;
 using DiagonalProblems = std::vector<mbf::DiagonalProblem>;
+using RankOneProblems = std::vector<mbf::RankOneProblem>;
 PYBIND11_MAKE_OPAQUE(mbf::Addresses)
 PYBIND11_MAKE_OPAQUE(Problems)
 PYBIND11_MAKE_OPAQUE(SharedProblems)
 PYBIND11_MAKE_OPAQUE(DiagonalProblems)
+PYBIND11_MAKE_OPAQUE(RankOneProblems)
 
 namespace {
 
@@ -111,6 +113,22 @@ mbf::DiagonalProblem diagonal_problem(int64_t count, double momentum_weight, dou
             pointer<void>(param)};
 }
 
+// row, column: (address, 0 without one); order: (inner count, outer, inner) of entries of h.
+mbf::RankOneProblem rank_one_problem(int64_t count, int64_t columns, const Number& momentum_weight, int64_t grad,
+                                     int64_t momentum, int64_t param, int64_t row, int64_t column,
+                                     const std::tuple<int64_t, int64_t, int64_t>& order) {
+    const auto& [inner_count, outer, inner] = order;
+    return {count,
+            columns,
+            scalar(momentum_weight),
+            pointer<void>(grad),
+            pointer<void>(momentum),
+            pointer<void>(param),
+            pointer<void>(row),
+            pointer<void>(column),
+            {inner_count, outer, inner}};
+}
+
 // A launch is kept for the next step, whose gradients lie elsewhere and whose weights are others.
 template <class Problem>
 py::class_<std::vector<Problem>> bind_launch(py::module_& m, const char* name) {
@@ -178,6 +196,12 @@ PYBIND11_MODULE(_C, m) {
     py::class_<mbf::DiagonalProblem>(m, "DiagonalProblem")
         .def(py::init(&diagonal_problem), py::kw_only(), py::arg("count"), py::arg("momentum_weight"),
              py::arg("square_weight"), py::arg("grad"), py::arg("momentum"), py::arg("square"), py::arg("param"));
+    py::class_<mbf::RankOneParameters>(m, "RankOneParameters")
+        .def(py::init<const mbf::Parameters&, bool>(), py::arg("step"), py::arg("decoupled"));
+    py::class_<mbf::RankOneProblem>(m, "RankOneProblem")
+        .def(py::init(&rank_one_problem), py::kw_only(), py::arg("count"), py::arg("columns"),
+             py::arg("momentum_weight"), py::arg("grad"), py::arg("momentum"), py::arg("param"), py::arg("row"),
+             py::arg("column"), py::arg("order"));
 
     bind_launch<mbf::Problem>(m, "Problems")
         .def("set_gradients",
@@ -206,6 +230,7 @@ PYBIND11_MODULE(_C, m) {
                  for (size_t i = 0; i < problems.size(); ++i) problems[i].grad = pointer<void>(addresses.at(i));
              })
         .def("set_weights", &set_moment_weights<mbf::DiagonalProblem>);
+    bind_launch<mbf::RankOneProblem>(m, "RankOneProblems");
 
     py::class_<mbf::Addresses>(m, "Addresses")
         .def(py::init([](const py::list& addresses) {
@@ -236,6 +261,8 @@ PYBIND11_MODULE(_C, m) {
            int threads) { mbf::cpu::launch_diagonal(dtype, problems, {parameters, square_decay}, threads); },
         py::arg("dtype"), py::arg("problems"), py::arg("parameters"), py::arg("square_decay"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
+    m.def("cpu_launch_rank_one", &mbf::cpu::launch_rank_one, py::arg("dtype"), py::arg("problems"),
+          py::arg("parameters"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
     m.def("cpu_launch", &mbf::cpu::launch, py::arg("op"), py::arg("dtype"), py::arg("size"), py::arg("problems"),
           py::arg("parameters"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
     m.def("cpu_isas", &mbf::cpu::supported_isas);
@@ -251,12 +278,16 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_launch", &mbf::cuda::launch, py::arg("op"), py::arg("dtype"), py::arg("size"), py::arg("problems"),
           py::arg("parameters"), py::arg("device"), py::arg("stream"), py::arg("mapping"),
           py::call_guard<py::gil_scoped_release>());
+    m.def("cuda_launch_rank_one", &mbf::cuda::launch_rank_one, py::arg("dtype"), py::arg("problems"),
+          py::arg("parameters"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
     m.attr("CUDA_ARCHITECTURES") = MBF_WITH_CUDA;
 #endif
 #ifdef MBF_WITH_EMULATOR
     m.def("emulated_launch", &mbf::emulated::launch, py::arg("op"), py::arg("dtype"), py::arg("size"),
           py::arg("problems"), py::arg("parameters"), py::arg("device"), py::arg("stream"), py::arg("mapping"),
           py::call_guard<py::gil_scoped_release>());
+    m.def("emulated_launch_rank_one", &mbf::emulated::launch_rank_one, py::arg("dtype"), py::arg("problems"),
+          py::arg("parameters"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
     m.def("set_emulated_schedule", &emulator::set_schedule, py::arg("seed"));
 #endif
 }

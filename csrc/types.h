@@ -98,4 +98,25 @@ struct MomentParameters {
     double square_decay;  // beta_2
 };
 
+// One tensor whose F is s h^T + lambda: `count` elements next to each other, in rows of `columns`. Element k of a row
+// belongs to entry offset(order, k) of h, for memory may have another order than h (channels_last).
+struct RankOneProblem {
+    int64_t count, columns;
+    Scalar momentum_weight;  // 1 - beta^t
+    const void* grad;
+    void *momentum, *param;
+    const void *row, *column;  // s and h; null: F = lambda
+    Strides order;
+};
+
+MBF_HOST_DEVICE static inline bool is_permuted(const RankOneProblem& problem) {
+    return problem.row && problem.order.inner != 1;
+}
+
+// What all tensors of its launch share.
+struct RankOneParameters {
+    Parameters step;
+    bool decoupled;  // weight decay shrinks W, instead of joining the gradient
+};
+
 }  // namespace mbf

@@ -4,7 +4,7 @@ from .backend import backends, use_backend
 from .blocks import SymmetricBlocks
 from .ops import accumulate_, accumulate_factor_solve_, factor, solve
 from .prepared import PreparedStep, StepNumbers
-from .step_ops import mbf_diagonal_step_, mbf_shared_step_, mbf_step_
+from .step_ops import mbf_diagonal_step_, mbf_shared_step_, mbf_step_, rank_one_step_
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ __all__ = [
     "mbf_diagonal_step_",
     "mbf_shared_step_",
     "mbf_step_",
+    "rank_one_step_",
     "solve",
     "use_backend",
 ]

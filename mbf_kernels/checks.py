@@ -37,6 +37,13 @@ def tensor_lists(op: str, **lists: Sequence) -> None:
             tensors(op, **{f"{name}[{i}]": item for i, item in enumerate(items)})
 
 
+def optional_tensor_lists(op: str, **lists: Sequence) -> None:
+    for name, items in lists.items():
+        if not isinstance(items, list | tuple):
+            raise TypeError(f"{op}: expected {name} to be a list of tensors or None, got {type(items).__name__}")
+        tensors(op, **{f"{name}[{i}]": item for i, item in enumerate(items) if item is not None})
+
+
 def no_grad(op: str, *tensors: Tensor | None) -> None:
     """The ops are not differentiable: a graph through them would silently be cut."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -198,9 +205,27 @@ def shared_blocks_of(op: str, params: Sequence[Sequence[Tensor]], counts: Sequen
             )
 
 
+def rank_one(
+    op: str, params: Sequence[Tensor], rows: Sequence[Tensor | None], columns: Sequence[Tensor | None]
+) -> None:
+    """s [m] and h [n] for each of ``params`` of m leading and n trailing elements, or neither."""
+    same_length(op, params=params, rows=rows, columns=columns)
+    for i, (param, s, h) in enumerate(zip(params, rows, columns, strict=True)):
+        if s is None and h is None:
+            continue
+        if s is None or h is None or s.ndim != 1 or h.ndim != 1 or not _divides(param, s.numel(), h.numel()):
+            found = ["none" if vector is None else list(vector.shape) for vector in (s, h)]
+            raise ValueError(
+                f"{op}: expected rows[{i}] [m] and columns[{i}] [n], or neither, for m leading and n trailing elements "
+                f"of params[{i}] {list(param.shape)}, got {found[0]} and {found[1]}"
+            )
+        _tensor(op, f"rows[{i}]", s, params[0])
+        _tensor(op, f"columns[{i}]", h, params[0])
+
+
 def matrix_dimension(shape: Sequence[int], elements: int, count: int) -> int | None:
     """Which dimension enumerates the matrices: of size ``count``, before one or more that multiply to ``elements``."""
-    split = _split(shape, elements)
+    split = split_at(shape, elements)
     if split is None:
         return None
     if split == len(shape):  # one element: a dimension of its own all the same
@@ -212,7 +237,7 @@ def matrix_dimension(shape: Sequence[int], elements: int, count: int) -> int | N
     return split - 1 if split > 0 and shape[split - 1] == count else None
 
 
-def _split(shape: Sequence[int], elements: int) -> int | None:
+def split_at(shape: Sequence[int], elements: int) -> int | None:
     """How many dimensions lead those that multiply to ``elements``; None where none do."""
     split, product = len(shape), 1
     while split > 0 and product < elements:
@@ -244,7 +269,7 @@ def _tensor(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
 
 def _divides(tensor: Tensor, count: int, size: int) -> bool:
     """Whether the trailing dimensions multiply to ``size``, the leading ones to ``count``."""
-    return tensor.numel() == count * size and (not count or _split(tensor.shape, size) is not None)
+    return tensor.numel() == count * size and (not tensor.numel() or split_at(tensor.shape, size) is not None)
 
 
 def _repeats(tensor: Tensor) -> bool:

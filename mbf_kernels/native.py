@@ -18,7 +18,7 @@ from torch import Tensor
 from . import diagonal, reference, shared
 from .blocks import MAX_TILED_SIZE, TILE_BLOCKS, SymmetricBlocks, triangle_size
 from .options import StepOptions
-from .views import FlatView, SharedView, View
+from .views import FlatView, RankOneView, SharedView, View, flat_strides
 
 try:
     import mbf_kernels._C as _C
@@ -111,6 +111,19 @@ def _launch_emulated(op: _C.Op, like: Tensor, size: int, problems: _C.Problems, 
     _C.emulated_launch(op, _dtype(like.dtype), size, problems, parameters, 0, 0, mapping)
 
 
+def _launch_rank_one_cpu(like: Tensor, problems: _C.RankOneProblems, parameters: _C.RankOneParameters) -> None:
+    _C.cpu_launch_rank_one(_dtype(like.dtype), problems, parameters, torch.get_num_threads())
+
+
+def _launch_rank_one_cuda(like: Tensor, problems: _C.RankOneProblems, parameters: _C.RankOneParameters) -> None:
+    stream = torch.cuda.current_stream(like.device).cuda_stream
+    _C.cuda_launch_rank_one(_dtype(like.dtype), problems, parameters, like.device.index, stream)
+
+
+def _launch_rank_one_emulated(like: Tensor, problems: _C.RankOneProblems, parameters: _C.RankOneParameters) -> None:
+    _C.emulated_launch_rank_one(_dtype(like.dtype), problems, parameters, 0, 0)
+
+
 class Launch:
     """A step's launch, kept to be repeated over the same tensors with other gradients."""
 
@@ -145,10 +158,10 @@ class Launch:
 
 
 class Native:
-    """The five ops over one kind of kernels."""
+    """The ops over one kind of kernels."""
 
-    def __init__(self, launch: Callable[..., None], reads_device_numbers: bool):
-        self._start = launch
+    def __init__(self, launch: Callable[..., None], launch_rank_one: Callable[..., None], reads_device_numbers: bool):
+        self._start, self._start_rank_one = launch, launch_rank_one
         self._reads_device_numbers = reads_device_numbers
 
     def accumulate_(self, fisher: SymmetricBlocks, g: Tensor, decay: float) -> None:
@@ -268,6 +281,25 @@ class Native:
     def mbf_diagonal_step_(self, *arguments) -> None:
         diagonal.mbf_diagonal_step_(*arguments)
 
+    def rank_one_step_(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        momenta: Sequence[Tensor],
+        rows: Sequence[Tensor | None],
+        columns: Sequence[Tensor | None],
+        momentum_weights: Sequence[float] | Sequence[Tensor],
+        options: StepOptions,
+    ) -> None:
+        views = [RankOneView(*tensors) for tensors in zip(params, grads, momenta, rows, columns, strict=True)]
+        problems = [
+            _rank_one_problem(view, self.number(weight)) for view, weight in zip(views, momentum_weights, strict=True)
+        ]
+        parameters = _C.RankOneParameters(self.parameters(options), options.decoupled)
+        self._start_rank_one(params[0], _C.RankOneProblems(problems), parameters)
+        for view in views:
+            view.write_back()
+
     def _launch(self, op: _C.Op, blocks: SymmetricBlocks, problems: list[_C.Problem], **parameters) -> None:
         self._start(op, blocks.data, blocks.size, _C.Problems(problems), _C.Parameters(**parameters))
 
@@ -289,7 +321,7 @@ class Cpu(Native):
     """With kernels of its own for the steps of shared matrices and of tensors without blocks."""
 
     def __init__(self):
-        super().__init__(_launch_cpu, reads_device_numbers=False)
+        super().__init__(_launch_cpu, _launch_rank_one_cpu, reads_device_numbers=False)
 
     def mbf_shared_step_(
         self,
@@ -396,8 +428,9 @@ def _diagonal_problems(
     problems, views = [], []
     for i, tensors in enumerate(zip(grads, momenta, squares, params, strict=True)):
         names = ("grad", "momentum", "square", "param")
+        strides = flat_strides(params[i].shape, params[i].stride())
         here = [
-            FlatView(tensor, params[i], read_only=name == "grad") for name, tensor in zip(names, tensors, strict=True)
+            FlatView(tensor, strides, read_only=name == "grad") for name, tensor in zip(names, tensors, strict=True)
         ]
         views += here
         problem = _C.DiagonalProblem(
@@ -410,9 +443,23 @@ def _diagonal_problems(
     return _C.DiagonalProblems(problems), views
 
 
+def _rank_one_problem(view: RankOneView, momentum_weight: float | tuple[int, _C.DType]) -> _C.RankOneProblem:
+    return _C.RankOneProblem(
+        count=view.param.tensor.numel(),
+        columns=view.columns,
+        momentum_weight=momentum_weight,
+        grad=view.grad.staged.data_ptr(),
+        momentum=view.momentum.staged.data_ptr(),
+        param=view.param.staged.data_ptr(),
+        row=0 if view.row is None else view.row.data_ptr(),
+        column=0 if view.column is None else view.column.data_ptr(),
+        order=view.order,
+    )
+
+
 CPU = Cpu()
-CUDA = Native(_launch_cuda, reads_device_numbers=True)
-EMULATED = Native(_launch_emulated, reads_device_numbers=True)
+CUDA = Native(_launch_cuda, _launch_rank_one_cuda, reads_device_numbers=True)
+EMULATED = Native(_launch_emulated, _launch_rank_one_emulated, reads_device_numbers=True)
 
 
 def _columns(x: Tensor) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ class StepOptions:
     update: bool  # F <- decay F + (1-decay) g g^T first
     refactor: bool  # factor F; otherwise use the cached factors
     diagonal_decay: float = 0.0  # beta_2, of element-wise second moments
+    decoupled: bool = True  # weight decay shrinks W, instead of joining the gradient
 
     def check(self, op: str) -> None:
         """Raises ValueError for a number out of its range."""
@@ -53,6 +54,7 @@ def step_options(
     update: bool = True,
     refactor: bool = True,
     diagonal_decay: float = 0.0,
+    decoupled: bool = True,
 ) -> StepOptions:
     """The options from the keywords of a step op. Raises TypeError for what is no number, ValueError for a form that
     does not exist."""
@@ -72,4 +74,5 @@ def step_options(
         bool(update),
         bool(refactor),
         float(diagonal_decay),
+        bool(decoupled),
     )

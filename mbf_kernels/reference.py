@@ -17,6 +17,7 @@ from . import shared
 from .blocks import SymmetricBlocks, pack_dense
 from .diagonal import mbf_diagonal_step_  # noqa: F401, one of this backend's ops
 from .options import StepOptions
+from .rank_one import rank_one_step_  # noqa: F401, likewise
 from .rowwise import first_bad, flag_nonfinite, length_ratio, wide
 
 

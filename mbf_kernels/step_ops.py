@@ -194,6 +194,47 @@ def mbf_diagonal_step_(
         torch.ops.mbf_kernels.mbf_diagonal_step_(*map(list, lists.values()), *weights, *_numbers(options))
 
 
+def rank_one_step_(
+    params: Sequence[Tensor],  # W, each [*rows, *columns]: dimensions of product m, and of product n
+    grads: Sequence[Tensor],  # g, likewise
+    momenta: Sequence[Tensor],  # M, likewise
+    rows: Sequence[Tensor | None],  # s [m]
+    columns: Sequence[Tensor | None],  # h [n]
+    *,
+    lr: float | Tensor,  # alpha
+    momentum: float,  # beta in [0, 1)
+    damping: float | Tensor,  # lambda >= 0
+    weight_decay: float = 0.0,  # gamma
+    decoupled: bool = True,
+    momentum_weight: Weights = 1.0,  # 1 - beta^t
+) -> None:
+    """The step of tensors whose curvature is element-wise and of rank one, in one launch. Element i, j of each::
+
+        M <- beta M + (1 - beta) g                                         unless decoupled: g + gamma W for g
+        W <- W - alpha / momentum_weight M / (s_i h_j + lambda)            if decoupled: (1 - alpha gamma) W for W
+
+    Rows and columns of W are its leading and its trailing dimensions, so that s_i h_j is ``torch.outer(s, h).view`` of
+    its shape. None in both lists: lambda alone divides. In place where W, g and M lie alike, row after row
+    (channels_last too), otherwise through copies. What is not finite reaches its own element of M and W alone. ``lr``,
+    ``damping`` and the weights may be 0-d tensors on the device of the parameters; then their values are not checked.
+
+    Source: D. Gomes and others, "AdaFisher", ICLR 2025, whose diagonal Kronecker factors S and H are s and h.
+    """
+    op = "rank_one_step_"
+    lists = {"params": params, "grads": grads, "momenta": momenta}
+    checks.tensor_lists(op, **lists)
+    factors = {"rows": rows, "columns": columns}
+    checks.optional_tensor_lists(op, **factors)
+    checks.same_length(op, **lists, **factors)
+    options = step_options(
+        op, lr=lr, momentum=momentum, damping=damping, weight_decay=weight_decay, decoupled=decoupled
+    )
+    weights = _weights(op, len(params), momentum_weight=momentum_weight)
+    if len(params):
+        checks.no_grad(op, *params, *grads, *momenta, *rows, *columns, *_on_device(options))
+        torch.ops.mbf_kernels.rank_one_step_(*map(list, (lists | factors).values()), *weights, *_numbers(options))
+
+
 def _weights(op: str, count: int, **weights: Weights) -> tuple[list, ...]:
     """Numbers of both, one per tensor, and tensors of both; of each one list is empty."""
     numbers, tensors = [], []
@@ -247,7 +288,7 @@ def _parts(op: str, name: str, items: Sequence[Joined]) -> list[tuple[Tensor, ..
 
 # The options of a step as an op takes them: floats, flags, and the tensors that win over floats.
 _NUMBERS = ("lr", "momentum", "decay", "damping", "weight_decay", "eps", "diagonal_decay")
-_FLAGS = ("relative", "graft", "nesterov", "maximize", "update", "refactor")
+_FLAGS = ("relative", "graft", "nesterov", "maximize", "update", "refactor", "decoupled")
 _ON_DEVICE = ("lr", "damping")
 _OPTIONS_SCHEMA = (
     ", ".join([*(f"float {name}" for name in _NUMBERS), *(f"bool {name}" for name in _FLAGS)])
@@ -405,6 +446,30 @@ def _diagonal(
     torch.autograd.graph.increment_version([*params, *momenta, *squares])
 
 
+def _check_rank_one(
+    params, grads, momenta, rows, columns, momentum_weights, device_momentum_weights, *numbers
+):  # fmt: skip
+    op = "rank_one_step_"
+    _check_numbers(op, params, {"momentum_weight": (momentum_weights, device_momentum_weights)}, numbers)
+    checks.step_tensors(op, params, grads=grads, momenta=momenta)
+    checks.rank_one(op, params, rows, columns)
+
+
+def _empty_rank_one(*arguments):
+    return None
+
+
+def _rank_one(
+    params, grads, momenta, rows, columns, momentum_weights, device_momentum_weights, *numbers
+):  # fmt: skip
+    keep = [i for i, param in enumerate(params) if param.numel()]
+    lists = (params, grads, momenta, rows, columns, device_momentum_weights or momentum_weights)
+    choose("rank_one_step_", params[0].device, 1).rank_one_step_(
+        *([items[i] for i in keep] for items in lists), _options(numbers)
+    )
+    torch.autograd.graph.increment_version([*params, *momenta])
+
+
 _WEIGHTS_SCHEMA = (
     "float[] momentum_weights, float[] {0}_weights, Tensor[] device_momentum_weights, Tensor[] device_{0}_weights, "
 )
@@ -437,4 +502,13 @@ register(
     _empty_diagonal,
     _diagonal,
     lambda params, *rest: bool(params),
+)
+register(
+    "rank_one_step_",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor?[] rows, Tensor?[] columns,"
+    f" float[] momentum_weights, Tensor[] device_momentum_weights, {_OPTIONS_SCHEMA}) -> ()",
+    _check_rank_one,
+    _empty_rank_one,
+    _rank_one,
+    lambda params, *rest: any(param.numel() for param in params),
 )

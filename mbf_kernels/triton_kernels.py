@@ -1,4 +1,4 @@
-"""The five ops on tiles of blocks with n <= 20, in Triton: one lane is one block.
+"""The ops on tiles of blocks with n <= 20, in Triton: one lane is one block; and the step of rank one, one element.
 
 A matrix or vector is a tuple of tensors, one per entry, each over the blocks of a program; tuples only grow, so
 triangles are built row by row. One source serves both compilers: Triton interprets it (TRITON_INTERPRET=1), and Gluon
@@ -22,7 +22,10 @@ from triton.experimental.gluon import language as gl
 INTERPRETED = triton.knobs.runtime.interpret
 
 # Arguments of which not every value deserves its own compilation.
-_GENERIC = ("count", "columns", "numbers", "grad", "rhs", "momentum", "param", "out", "info", "skipped")
+_GENERIC = (
+    "count", "columns", "numbers", "grad", "rhs", "momentum", "param", "out", "info", "skipped",
+    "row", "column", "order",
+)  # fmt: skip
 
 # Which read: it picks the view of a pair, and a cache modifier that means the same and differs.
 FIRST = tl.constexpr(0)
@@ -422,3 +425,33 @@ def mbf_step(fisher, stored, info, skipped, grad, momentum, param, numbers, coun
     _store_vector(momentum, b, m, good, N)
     if UPDATE:
         _update(at, g, decay, weight, good, N)
+
+
+# ---- tensors without blocks
+
+
+@_kernel
+def rank_one_step(grad, momentum, param, row, column, order, columns, numbers, count, DECOUPLED: tl.constexpr,
+                  BLOCK: tl.constexpr, LAYOUT: tl.constexpr):  # fmt: skip
+    """The whole step of `mbf_kernels.rank_one_step_` for one tensor; F = lambda without s and h, here row and column.
+    The order (inner count, outer and inner stride) of the entries of h as memory has them; None: their own."""
+    S: tl.constexpr = param.dtype.element_ty
+    lr, momentum_weight, f = _number(numbers[0], S), _number(numbers[1], S), _number(numbers[2], S)
+    beta, rest, decay = _number(numbers[3], S), _number(numbers[4], S), _number(numbers[5], S)
+    i = _blocks(count, BLOCK, LAYOUT)
+    mask = i < count
+    i = tl.minimum(i, count - 1)
+    if row is not None:
+        k = i % columns
+        if order is not None:
+            k = k // order[0] * order[1] + k % order[0] * order[2]
+        f = tl.fma(tl.load(row + i // columns), tl.load(column + k), f)
+    g, w = tl.load(grad + i), tl.load(param + i)
+    if DECOUPLED:
+        kept = (1 - lr * decay) * w
+    else:
+        kept = w
+        g = tl.fma(decay, w, g)
+    m = tl.fma(beta, tl.load(momentum + i), rest * g)
+    tl.store(momentum + i, m, mask=mask)
+    tl.store(param + i, tl.fma(-(lr / momentum_weight), m / f, kept), mask=mask)

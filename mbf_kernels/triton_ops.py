@@ -1,4 +1,4 @@
-"""The Triton kernels for n <= 20, on NVIDIA and AMD GPUs, or interpreted on the CPU (TRITON_INTERPRET=1).
+"""The Triton kernels, of blocks for n <= 20, on NVIDIA and AMD GPUs, or interpreted on the CPU (TRITON_INTERPRET=1).
 
 Same functions as ``reference``. Gradients, momenta and weights are read and written where they are; only a layout
 with more than two levels of strides per block or per element goes through a copy. Numbers that live on the device are
@@ -26,7 +26,7 @@ from . import reference, shared
 from .blocks import TILE_BLOCKS, SymmetricBlocks
 from .diagonal import mbf_diagonal_step_  # noqa: F401, one of this backend's ops
 from .options import StepOptions
-from .views import View
+from .views import RankOneView, View
 
 MAX_SIZE = 20
 WARPS = 4  # of a program; a lane is a block
@@ -138,6 +138,27 @@ def mbf_shared_step_(*arguments) -> Tensor:
     return shared.mbf_shared_step_(sys.modules[__name__], *arguments)
 
 
+def rank_one_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    columns: Sequence[Tensor | None],
+    momentum_weights: Sequence[float] | Sequence[Tensor],
+    options: StepOptions,
+) -> None:
+    o = options
+    for *tensors, weight in zip(params, grads, momenta, rows, columns, momentum_weights, strict=True):
+        view, param = RankOneView(*tensors), tensors[0]
+        order = None if view.order[2] == 1 else view.order
+        numbers = _numbers(param.dtype, o.lr, weight, o.damping, o.momentum, 1 - o.momentum, o.weight_decay)
+        _start(
+            _kernels().rank_one_step, param.device, param.numel(), view.grad.staged, view.momentum.staged,
+            view.param.staged, view.row, view.column, order, view.columns, numbers, DECOUPLED=o.decoupled,
+        )  # fmt: skip
+        view.write_back()
+
+
 def _strided(view: View) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """A view as the kernels take it. Blocks of one stride have no inner count."""
     count, outer, inner, elements, element_outer, element_inner = view.native[1:]
@@ -196,14 +217,19 @@ def _without_warnings() -> Iterator[None]:
         yield
 
 
-def _launch(kernel, blocks: SymmetricBlocks, *arguments, rows: int = 1, **constants) -> None:
-    """Runs ``kernel`` over all blocks, ``rows`` times; its arguments end with the count of blocks."""
+def _launch(kernel, blocks: SymmetricBlocks, *arguments, **constants) -> None:
+    """Runs ``kernel`` over all blocks."""
+    _start(kernel, blocks.device, blocks.count, *arguments, N=blocks.size, **constants)
+
+
+def _start(kernel, device: torch.device, count: int, *arguments, rows: int = 1, **constants) -> None:
+    """Runs ``kernel`` over as many lanes, ``rows`` times; its arguments end with the count."""
     if is_interpreted():
-        width, layout = min(_INTERPRETED_BLOCKS, _power_of_two(blocks.count)), None
+        width, layout = min(_INTERPRETED_BLOCKS, _power_of_two(count)), None
         place = _without_warnings()
     else:
         width, layout = _kernels().program(WARPS)
-        place = torch.cuda.device(blocks.device)
-    grid = (-(-blocks.count // width), rows)
+        place = torch.cuda.device(device)
+    grid = (-(-count // width), rows)
     with place:
-        kernel[grid](*arguments, blocks.count, N=blocks.size, BLOCK=width, LAYOUT=layout, num_warps=WARPS, **constants)
+        kernel[grid](*arguments, count, BLOCK=width, LAYOUT=layout, num_warps=WARPS, **constants)

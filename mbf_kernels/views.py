@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .checks import matrix_dimension
+from .checks import matrix_dimension, split_at
 
 
 class Staged:
@@ -120,21 +120,64 @@ def _levels(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int,
 
 
 class FlatView(Staged):
-    """A tensor as elements without gaps, in the order of those of ``like``."""
+    """A tensor as elements without gaps, in the order of ``strides`` without gaps."""
 
-    def __init__(self, tensor: Tensor, like: Tensor, read_only: bool = False):
-        order = _steps(like)
-        if math.prod(size for size, _ in order) != 1 + sum((size - 1) * stride for size, stride in order):
-            like = torch.empty(like.shape, device="meta")  # has gaps: the usual order
-            order = _steps(like)
-
-        def copy(tensor: Tensor) -> Tensor:
-            strided = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
-            return strided.copy_(tensor)
-
-        super().__init__(tensor, lambda t: (1, *t.stride()) if _steps(t) == order else None, copy, read_only)
+    def __init__(self, tensor: Tensor, strides: tuple[int, ...], read_only: bool = False):
+        self.tensor, self.staged, self._read_only = tensor, tensor, read_only
+        if tensor.stride() != strides and _steps(tensor.shape, tensor.stride()) != _steps(tensor.shape, strides):
+            like = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+            self.staged = like.copy_(tensor)
 
 
-def _steps(tensor: Tensor) -> list[tuple[int, int]]:
+@lru_cache(maxsize=4096)
+def flat_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides themselves, or the usual ones where they leave gaps."""
+    steps = _steps(shape, strides)
+    dense = math.prod(size for size, _ in steps) == 1 + sum((size - 1) * stride for size, stride in steps)
+    return strides if dense else _usual(shape)
+
+
+class RankOneView:
+    """The three tensors of a step and the s [m] and h [n] of its curvature, for the kernels: rows of ``columns``
+    elements without gaps, those of a row in the ``order`` (inner count, outer stride, inner stride) of entries of h."""
+
+    def __init__(self, param: Tensor, grad: Tensor, momentum: Tensor, row: Tensor | None, column: Tensor | None):
+        if column is None:
+            self.columns, self.order = param.numel(), (1, 0, 1)
+            strides = flat_strides(param.shape, param.stride())
+        else:
+            if column.numel() == 1:  # one row has more to share than many of one element
+                row, column = column, row
+            row, column = row.contiguous(), column.contiguous()
+            self.columns = column.numel()
+            strides, self.order = row_layout(param.shape, param.stride(), self.columns)
+        self.row, self.column = row, column
+        self.param, self.momentum = FlatView(param, strides), FlatView(momentum, strides)
+        self.grad = FlatView(grad, strides, read_only=True)
+
+    def write_back(self) -> None:
+        self.momentum.write_back()
+        self.param.write_back()
+
+
+@lru_cache(maxsize=4096)
+def row_layout(
+    shape: tuple[int, ...], strides: tuple[int, ...], columns: int
+) -> tuple[tuple[int, ...], tuple[int, int, int]]:
+    """Strides of rows without gaps, those given or else the usual ones, and the order of the elements of a row."""
+    usual, split = _usual(shape), split_at(shape, columns)
+    in_memory = sorted((i for i, size in enumerate(shape) if size != 1), key=lambda i: -strides[i])
+    leading, trailing = [[i for i in in_memory if (i < split) == is_leading] for is_leading in (True, False)]
+    order = _levels(tuple(shape[i] for i in trailing), tuple(usual[i] for i in trailing))
+    if in_memory == sorted(leading) + trailing and order and flat_strides(shape, strides) == strides:
+        return strides, order
+    return usual, (columns, 0, 1)
+
+
+def _usual(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _steps(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
     """The dimensions that count, (size, stride)."""
-    return [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
+    return [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]

@@ -219,3 +219,15 @@ def diagonal_step(w, g, m, v, *, lr, momentum, diagonal_decay, weight_decay=0.0,
     v = diagonal_decay * v + (1 - diagonal_decay) * (g if graft == "adam" else mean) ** 2
     mean = mean / momentum_weight if graft == "adam" else mean
     return (1 - lr * weight_decay) * w - lr * mean / (np.sqrt(v / square_weight) + eps), m, v
+
+
+def rank_one_step(w, g, m, s, h, *, lr, momentum, damping, weight_decay=0.0, decoupled=True, momentum_weight=1.0):
+    """rank_one_step_ in float64, row by row -> the new w, m and the F that divides. s, h: None without curvature."""
+    f = np.full(w.shape, float(damping))
+    if s is not None:
+        by_rows = f.reshape(len(s), len(h))
+        for i, j in np.ndindex(by_rows.shape):
+            by_rows[i, j] += s[i] * h[j]
+    coupled, shrink = (0.0, 1 - lr * weight_decay) if decoupled else (weight_decay, 1.0)
+    m = momentum * m + (1 - momentum) * (g + coupled * w)
+    return shrink * w - lr / momentum_weight * m / f, m, f

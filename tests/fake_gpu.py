@@ -63,6 +63,8 @@ def call_every_op(count, dtype, x):
     triton_ops.accumulate_factor_solve_(f, g, rhs, 0.5, x, False)
     options = replace(OPTIONS, lr=x, damping=x)
     triton_ops.mbf_step_([w], [g], [m], [f], [lower], [torch.tensor(0)], [x], [x], options)
+    w, g, m, h = (torch.zeros(count, dtype=dtype) for _ in range(4))
+    triton_ops.rank_one_step_([w], [g], [m], [torch.zeros(1, dtype=dtype)], [h], [x], options)
 
 
 if __name__ == "__main__":

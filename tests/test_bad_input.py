@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mbf_kernels
-from mbf_kernels import SymmetricBlocks, mbf_diagonal_step_, mbf_shared_step_, mbf_step_
+from mbf_kernels import SymmetricBlocks, mbf_diagonal_step_, mbf_shared_step_, mbf_step_, rank_one_step_
 from mbf_kernels.testing import assert_bitwise
 
 B, N, S = 5, 9, 3
@@ -36,6 +36,10 @@ def valid(op):
         "mbf_diagonal_step_": (
             [[vectors()], [vectors()], [vectors()], [vectors()]],
             dict(lr=0.1, momentum=0.9, diagonal_decay=0.99),
+        ),
+        "rank_one_step_": (
+            [[vectors()], [vectors()], [vectors()], [vectors(B)], [vectors(N)]],
+            dict(lr=0.1, momentum=0.9, damping=0.1),
         ),
     }[op]
 
@@ -137,7 +141,28 @@ CASES += [
     ("mbf_shared_step_", "factors missing", "refactor", False),
     ("mbf_diagonal_step_", "graft", "graft", "sgd"),
 ]
+for position, name in enumerate(["params", "grads", "momenta", "rows", "columns"]):
+    good = [vectors(), vectors(), vectors(), vectors(B), vectors(N)][position]
+    for what in ("dtype", "half", "integer", "complex", "device"):
+        CASES.append(("rank_one_step_", f"{name}: {what}", position, [good.to(BAD_VECTORS[what])]))
+    CASES += [
+        ("rank_one_step_", f"{name}: sparse", position, [good.to_sparse()]),
+        ("rank_one_step_", f"{name}: list", position, [good.tolist()]),
+        ("rank_one_step_", f"{name}: none", position, [None]),
+        ("rank_one_step_", f"{name}: not a list", position, good),
+        ("rank_one_step_", f"{name}: too many", position, [good] * 2),
+        ("rank_one_step_", f"{name}: nothing", position, []),
+        ("rank_one_step_", f"{name}: one more", position, [vectors(good.numel() + 1)]),
+        ("rank_one_step_", f"{name}: two dimensions", position, [good.flatten()[:, None]]),
+    ]
+    if name in ("params", "momenta"):
+        CASES.append(("rank_one_step_", f"{name}: expanded", position, [vectors(B, 1).expand(B, N)]))
+CASES += [
+    ("rank_one_step_", "params: of as many elements", 0, [vectors(N, B)]),
+    ("rank_one_step_", "rows: a product of no leading dimensions", 3, [vectors(3)]),
+]
 for name, weights in {"zero": 0.0, "negative": -1.0, "nan": NAN, "too many": [1.0, 1.0]}.items():
+    CASES.append(("rank_one_step_", f"momentum_weight: {name}", "momentum_weight", weights))
     for op in ("mbf_shared_step_", "mbf_diagonal_step_"):
         CASES += [(op, f"{which}: {name}", which, weights) for which in ("momentum_weight", "square_weight")]
 DOMAINS = {
@@ -156,6 +181,7 @@ for op, options in {
     "mbf_step_": [name for name in DOMAINS if name != "diagonal_decay"],
     "mbf_shared_step_": list(DOMAINS),
     "mbf_diagonal_step_": ["lr", "momentum", "diagonal_decay", "weight_decay", "eps"],
+    "rank_one_step_": ["lr", "momentum", "damping", "weight_decay"],
 }.items():
     CASES += [(op, f"{option} = {value}", option, value) for option in options for value in DOMAINS[option]]
 BAD_SCALARS = {
@@ -172,6 +198,7 @@ for op, options in {
     "mbf_step_": ["lr", "damping", "momentum_weight", "fisher_weight"],
     "mbf_shared_step_": ["lr", "damping", "momentum_weight", "square_weight"],
     "mbf_diagonal_step_": ["lr", "momentum_weight", "square_weight"],
+    "rank_one_step_": ["lr", "damping", "momentum_weight"],
 }.items():
     CASES += [(op, f"{option}: {name}", option, bad) for option in options for name, bad in BAD_SCALARS.items()]
 for option in ("momentum_weight", "fisher_weight"):
@@ -196,7 +223,7 @@ def test_refused(backend, device, op, at, bad):
         getattr(mbf_kernels, op)(*args, **options)
 
 
-STEPS = ["mbf_step_", "mbf_shared_step_", "mbf_diagonal_step_"]
+STEPS = ["mbf_step_", "mbf_shared_step_", "mbf_diagonal_step_", "rank_one_step_"]
 
 
 @pytest.mark.parametrize("op", ["accumulate_", "factor", "solve", "accumulate_factor_solve_", *STEPS])
@@ -226,7 +253,7 @@ def test_a_refused_step_changes_nothing(backend, bad):
 
 @pytest.mark.parametrize("bad", NAMES)
 def test_a_refused_shared_or_diagonal_step_changes_nothing(backend, bad):
-    for op in STEPS[1:]:
+    for op in STEPS[1:3]:
         shape = (S, B, N) if op == "mbf_shared_step_" else (B, N)
         lists = [[vectors(*shape), vectors(*shape, dtype=torch.float64 if name == bad else None)] for name in NAMES]
         args, options = valid(op)
@@ -236,6 +263,19 @@ def test_a_refused_shared_or_diagonal_step_changes_nothing(backend, bad):
         for tensors in lists:
             assert_bitwise(tensors[0], vectors(*shape))
         assert not fishers[0].data.any()
+
+
+@pytest.mark.parametrize("bad", ["params", "grads", "momenta", "rows", "columns"])
+def test_a_refused_step_of_rank_one_changes_nothing(backend, bad):
+    names = {"params": (B, N), "grads": (B, N), "momenta": (B, N), "rows": (B,), "columns": (N,)}
+    lists = {
+        name: [vectors(*shape), vectors(*shape, dtype=torch.float64 if name == bad else None)]
+        for name, shape in names.items()
+    }
+    with pytest.raises((TypeError, ValueError), match=f"^rank_one_step_: .*{bad}"):
+        rank_one_step_(*lists.values(), lr=0.1, momentum=0.9, damping=0.1)
+    for name, shape in names.items():
+        assert_bitwise(lists[name][0], vectors(*shape))
 
 
 JOINED = {  # params and fishers that do not fit each other, where a bias joins
@@ -318,5 +358,7 @@ def test_empty_is_no_op(backend, device, size):
     (info,) = mbf_shared_step_(*[[t] for t in none], [f], **step, graft="adam")
     assert info.shape == (0,) and info.dtype == torch.int32
     assert mbf_diagonal_step_(*[[t] for t in none], lr=0.1, momentum=0.9, diagonal_decay=0.9) is None
+    nothing, rank_one = [None, None], dict(lr=0.1, momentum=0.9, damping=0.1)
+    assert rank_one_step_(*[[t, t.view(0)] for t in none[:3]], nothing, nothing, **rank_one) is None
     lower, _ = mbf_kernels.factor(blocks(3, size, device=device), damping=0.1)
     assert mbf_kernels.solve(lower, torch.empty(3, size, 0, device=device)).shape == (3, size, 0)

@@ -15,6 +15,7 @@ from mbf_kernels import (
     mbf_shared_step_,
     mbf_step_,
     native,
+    rank_one_step_,
     solve,
 )
 from mbf_kernels.testing import RATIO, assert_bitwise, assert_relative, randn, spd_blocks
@@ -269,3 +270,54 @@ def test_threads_and_neighbours_change_no_bit_of_a_diagonal_step(cpu, dtype):
         assert_same_lists(alone, [results[i : i + 1] for results in expected])
     shifted = [[t[3:] for t in tensors[6:7]] for tensors in lists]  # other lanes, another tail
     assert_same_lists(run_diagonal(shifted), [[results[6][3:]] for results in expected])
+
+
+def run_rank_one(lists):
+    w, g, m, s, h = ([t if t is None else t.clone() for t in tensors] for tensors in lists)
+    rank_one_step_(w, g, m, s, h, lr=0.1, momentum=0.9, damping=0.1, weight_decay=0.1)
+    return [w, m]
+
+
+def rank_one_problem(dtype, device):
+    shapes = [(1, 1), (3, 5), (7, 16), (33, 17), (0, 3), (4097, 1), (61, 4099), (31, 64)]
+    lists = [[randn(*shape, dtype=dtype, device=device, seed=10 * i + s) for i, shape in enumerate(shapes)]
+             for s in range(3)]  # fmt: skip
+    for k in (0, 1):
+        lists.append([randn(shape[k], dtype=dtype, device=device, seed=5 - k).square() for shape in shapes])
+    lists[3][-1] = lists[4][-1] = None
+    return lists
+
+
+@over_dtypes
+def test_neighbours_change_no_bit_of_a_step_of_rank_one(native, device, dtype):
+    """A tensor alone has the bits that it has among others, a row those that it has in another matrix."""
+    lists = rank_one_problem(dtype, device)
+    expected = run_rank_one(lists)
+    for i in range(len(lists[0])):
+        assert_same_lists(run_rank_one([tensors[i : i + 1] for tensors in lists]), [[t[i]] for t in expected])
+    order = torch.randperm(33, generator=torch.Generator().manual_seed(1)).to(device)[:20]
+    some = [[tensors[3][order]] for tensors in lists[:4]] + [[lists[4][3]]]
+    assert_same_lists(run_rank_one(some), [[t[3][order]] for t in expected])
+
+
+@over_dtypes
+def test_threads_change_no_bit_of_a_step_of_rank_one(cpu, dtype):
+    lists = rank_one_problem(dtype, "cpu")
+    expected = run_rank_one(lists)
+    for count in (1, 2, 3):
+        with threads(count):
+            assert_same_lists(run_rank_one(lists), expected)
+
+
+@needs("avx2", "avx512", "baseline")
+@over_dtypes
+def test_every_instruction_set_takes_the_same_step_of_rank_one(cpu, dtype):
+    """Those with fused multiply-add in every bit; without it, within a dozen roundings of terms of order one."""
+    results = {}
+    for name in native.cpu_isas():
+        with isa(name):
+            results[name] = run_rank_one(rank_one_problem(dtype, "cpu"))
+    assert_same_lists(results["avx2"], results["avx512"])
+    for ours, others in zip(results["baseline"], results["avx2"], strict=True):
+        for a, b in zip(ours, others, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=100 * torch.finfo(dtype).eps)

@@ -21,6 +21,7 @@ TEAM = (
     "_ZN3mbf48_GLOBAL__N__094baa8e_15_team_kernels_cu_9c8285a811"
     "step_kernelINS0_10TeamKernelIdLi64ELi8ELi8ELi1EEEEEvNS_5TableILi100EEE"
 )
+RANK_ONE = "_ZN3mbf55_GLOBAL__N__00000000_19_rank_one_kernels_cu_0123456715rank_one_kernelIdEEvNS_12RankOneTableE"
 LOG = f"""ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '{THREAD}' for 'sm_90'
 ptxas info    : Function properties for {THREAD}
@@ -59,6 +60,7 @@ def test_names_are_made_readable():
     group = TEAM.replace("IdLi64ELi8ELi8ELi1E", "IfLi32ELi4ELi2ELi8E")
     assert cuda_objects.readable(group) == "step group float N=32 4x2x8"
     assert cuda_objects.readable(group.replace("Li8E", "Li1E")) == "step block float N=32 4x2x1"
+    assert cuda_objects.readable(RANK_ONE) == "rank_one double"
     assert cuda_objects.readable("_Z6kernelPf") is None
 
 
@@ -120,6 +122,26 @@ def test_check_fails_on_problems_alone(monkeypatch, capsys, version, row, proble
     assert ("rules alone" in capsys.readouterr().out) == (version != "13.0.88")
 
 
+def test_what_has_not_changed_is_what_its_table_says(monkeypatch):
+    """An architecture without a digest, or with another one, is to be compiled."""
+    tables = {"80": {"a": [1]}, "90": {"a": [2]}, "100": {"a": [3]}}
+    held = {"nvcc": {"13.0.88": tables}, "digests": {"13.0.88": {"80": "digest 80", "90": "of other sources"}}}
+    monkeypatch.setattr(cuda_gate, "pinned", lambda: held)
+    monkeypatch.setattr(cuda_objects, "digest", lambda architecture: f"digest {architecture}")
+    assert cuda_gate.unchanged("13.0.88", [80, 90, 100]) == {"80": {"a": [1]}}
+    assert cuda_gate.unchanged("13.0.88", [90, 100]) == cuda_gate.unchanged("13.1.1", [80]) == {}
+
+
+def test_a_digest_covers_every_object(monkeypatch):
+    commands = {"thread float": COMMAND.split(), "group float": COMMAND.replace("group_float", "x").split()}
+    monkeypatch.setattr(cuda_objects, "nvcc_version", lambda: "13.0.88")
+    found = set()
+    for kept in (commands, {"thread float": commands["thread float"]}, {"group float": commands["group float"]}):
+        monkeypatch.setattr(cuda_objects, "commands", lambda kept=kept: kept)
+        found |= {cuda_objects.digest(80), cuda_objects.digest(90)}
+    assert len(found) == 6
+
+
 def test_without_nvcc_nothing_is_checked_and_that_is_said(monkeypatch, capsys):
     monkeypatch.setattr(cuda_objects, "nvcc", lambda: None)
     assert cuda_gate.main(["--check"]) == 0 and cuda_gate.main([]) == 1
@@ -153,7 +175,7 @@ def kernels_of_the_lists() -> set[str]:
             listed = re.search(rf"MBF_FOR_EACH_{mapping.upper()}_{scalar.upper()}\(X\) (.*)", mappings)[1]
             for n, rows, columns, teams in re.findall(r"X\((\d+), (\d+), (\d+), (\d+)\)", listed):
                 names.add(f"{mapping} {scalar} N={n} {rows}x{columns}x{teams}")
-    return {f"{entry} {name}" for entry in ("op", "step") for name in names}
+    return {f"{entry} {name}" for entry in ("op", "step") for name in names} | {"rank_one float", "rank_one double"}
 
 
 def test_table_is_whole_and_clean():

@@ -432,6 +432,15 @@ def test_a_step_that_does_nothing_is_found(monkeypatch, form):
         sanitize_cases.check_step("cpu", 9, 33, torch.float32, "contiguous", form)
 
 
+def test_a_step_of_rank_one_that_does_nothing_is_found(monkeypatch):
+    real = sanitize_cases.rank_one_step_
+    monkeypatch.setattr(
+        sanitize_cases, "rank_one_step_", lambda w, *rest, **step: w[0].dtype != torch.float64 or real(w, *rest, **step)
+    )
+    with pytest.raises(AssertionError, match="error of the momenta"):
+        sanitize_cases.check_rank_one("cpu", 9, 33, torch.float32, "contiguous")
+
+
 def test_a_wrong_case_is_reported(capsys):
     def wrong(device, n):
         raise AssertionError("error of F: nan")

@@ -1,8 +1,8 @@
 """The sanitized driver (`make sanitize-address`, `make sanitize-thread`) bites: a kernel with one barrier, one index or
 one wait wrong is caught, and the kernel as it is passes in the same build.
 
-Only the emulated group kernel for n = 24 and one thread block kernel, and of the CPU's the steps that keep element-wise
-second moments, in float, compiled without optimization: seconds, not minutes.
+Only the emulated group kernel for n = 24, one thread block kernel and that of rank one, and of the CPU's the steps
+without a matrix to a mini-block, in float, compiled without optimization: seconds, not minutes.
 """
 
 import re
@@ -31,13 +31,19 @@ MOMENTS = {
     "cpu/dispatch.cpp": [],  # without MBF_X86: the baseline alone
     "cpu/shared_step.cpp": [*CPU, "-DMBF_SHARED_KERNEL=shared_baseline_float"],
     "cpu/diagonal_step.cpp": [*CPU, "-DMBF_DIAGONAL_KERNEL=diagonal_baseline_float"],
+    "cpu/rank_one_step.cpp": [*CPU, "-DMBF_RANK_ONE_KERNEL=rank_one_baseline_float"],
 }
+RANK_ONE = {"emulator/rank_one_kernels.cpp": [
+    "-DMBF_GPU=emulated", "-DMBF_SCALAR=float", "-DMBF_ENTRY=rank_one_float",
+]}  # fmt: skip
 # What is compiled of a mapping, and the driver's cases for it.
 KERNELS = {
     "group": (emulated("group", "X(24, 4, 1, 8)"), ["emulated", "group", "float", "n=24"]),
     "block": (emulated("block", "X(64, 8, 8, 1)"), ["emulated", "block", "float", "n=21"]),
     "shared": (MOMENTS, ["cpu", "float", "n=33", "S=65", "shared"]),
     "diagonal": (MOMENTS, ["cpu", "float", "diagonal"]),
+    "rank_one": (MOMENTS, ["cpu", "float", "rank_one"]),
+    "rank_one, emulated": (RANK_ONE, ["emulated", "float", "rank_one"]),
 }
 
 TEAM, ROWS, PANELS, STAGING = (f"cuda/{name}.cuh" for name in ("team_kernel", "row_team", "panel_team", "staging"))
@@ -96,6 +102,37 @@ MUTATIONS = {
         "cpu/dispatch.cpp",
         "last = std::min(end, problem.count)",
         "last = std::min(end + 1, problem.count)",
+    ),
+    "a row's tail written whole": (
+        "rank_one",
+        "cpu/rank_one_step.cpp",
+        "store_part(run.param + k, w.part[0], rest);",
+        "store(run.param + k, w);",
+    ),
+    "a register of h read whole": (
+        "rank_one",
+        "cpu/rank_one_step.cpp",
+        "s * part(run.column + k, rest)",
+        "s * load<V>(run.column + k)",
+    ),
+    "h in the order of a contiguous row": (
+        "rank_one",
+        "cpu/rank_one_step.cpp",
+        "if (!is_permuted(problem)) return",
+        "return",
+    ),
+    "the next row": ("rank_one, emulated", "cuda/rank_one_kernels.cu", "1 + over / period_", "1"),
+    "an element past the last": (
+        "rank_one, emulated",
+        "cuda/rank_one_kernels.cu",
+        "if (i < problem.count) g[k]",
+        "if (i <= problem.count) g[k]",
+    ),
+    "a second table like the first": (
+        "rank_one, emulated",
+        "cuda/rank_one_kernels.cu",
+        "problems + done, count - done",
+        "problems, count - done",
     ),
     "index into the tile": ("block", PANELS, "rest - tile_column(b, k)[i] *", "rest - tile_column(b, i)[k] *"),
 }
@@ -200,6 +237,12 @@ def test_the_kernel_as_it_is(builds, flavour, mapping):
     ("address", "a whole tile moved", "AddressSanitizer: use-after-poison"),
     ("plain", "the last chunk forgotten", "FAILED"),
     ("plain", "a tail written whole", "wrote outside of its memory"),
+    ("plain", "a row's tail written whole", "FAILED"),
+    ("plain", "h in the order of a contiguous row", "FAILED"),
+    ("plain", "the next row", "FAILED"),
+    ("plain", "a second table like the first", "FAILED"),
+    ("address", "a register of h read whole", "ERROR: AddressSanitizer"),
+    ("address", "an element past the last", "AddressSanitizer: use-after-poison"),
     ("address", "a whole register read", "AddressSanitizer: use-after-poison"),
     ("address", "index past shared memory", "AddressSanitizer: use-after-poison"),
 ])  # fmt: skip

@@ -13,12 +13,13 @@ from mbf_kernels import (
     mbf_diagonal_step_,
     mbf_shared_step_,
     mbf_step_,
+    rank_one_step_,
     solve,
     use_backend,
 )
 from mbf_kernels.testing import assert_bitwise, randn, spd_blocks
 
-STEPS = {"mbf_step_", "mbf_shared_step_", "mbf_diagonal_step_"}
+STEPS = {"mbf_step_", "mbf_shared_step_", "mbf_diagonal_step_", "rank_one_step_"}
 OPS = {"accumulate_", "factor", "solve", "accumulate_factor_solve_"} | STEPS
 
 
@@ -50,6 +51,7 @@ def use_everything(f, factors, g, rhs, w, m, skipped, scalar):
     on_device = dict(damping=scalar, lr=scalar, momentum_weight=scalar, fisher_weight=[scalar])
     infos += mbf_step_([w], [g], [m], [f], **step | on_device, graft="adam")
     infos += use_shared_and_diagonal(f, factors, g, rhs, w, m, skipped, scalar)
+    use_rank_one(g, rhs, w, m, scalar)
     factor(f, damping=scalar)
     z, _ = accumulate_factor_solve_(f, g, rhs, decay=0.9, damping=scalar, relative=True)
     return x + y + z, wide, info, *infos
@@ -72,6 +74,17 @@ def use_shared_and_diagonal(f, factors, g, rhs, w, m, skipped, scalar):
     weights = dict(momentum_weight=scalar, square_weight=[scalar])
     mbf_diagonal_step_([w], [g], [m], [v[0]], lr=scalar, momentum=0.9, diagonal_decay=0.9, graft="adam", **weights)
     return [*infos, v]
+
+
+def use_rank_one(g, rhs, w, m, scalar):
+    """With curvature and without, in one call and apart."""
+    s, h = rhs.square().sum(1), rhs.square().sum(0)
+    step = dict(lr=0.1, momentum=0.9, damping=0.1)
+    rank_one_step_([w], [g], [m], [s], [h], **step, weight_decay=0.1)
+    w2, m2 = w.clone(), m.clone()
+    rank_one_step_([w, w2], [g, g], [m, m2], [s, None], [h, None], **step, decoupled=False, momentum_weight=[0.5, 1.0])
+    on_device = dict(lr=scalar, damping=scalar, momentum_weight=[scalar])
+    rank_one_step_([w], [g], [m], [None], [None], **step | on_device)
 
 
 def arguments(size, dtype=torch.float64, count=37):
@@ -139,6 +152,9 @@ def test_in_place_ops_count_as_changes():
     before = {name: t._version for name, t in changed.items()}
     mbf_diagonal_step_([w], [g], [m], [v], **options, diagonal_decay=0.9)
     assert all(changed[name]._version > before[name] for name in "wmv") and g._version == read
+    before = {name: t._version for name, t in changed.items()}
+    rank_one_step_([w], [g], [m], [v[:, 0]], [v[0]], lr=0.1, momentum=0.9, damping=0.1)
+    assert all((changed[name]._version > before[name]) == (name in "wm") for name in changed) and g._version == read
     version = f.data._version
     accumulate_(f, g, decay=0.9)
     assert f.data._version > version
@@ -167,6 +183,8 @@ def test_gradients_are_read_only(name):
             shared = SymmetricBlocks.zeros(2, 9, torch.float32)
             mbf_shared_step_([w], [g], [m], None, [shared], **options, decay=0.9, damping=0.1)
             mbf_diagonal_step_([w], [g], [m], [v], **options, diagonal_decay=0.9)
+            s, h = torch.ones(24), torch.ones(9)
+            rank_one_step_([w], [g], [m], [s], [h], **options, damping=0.1)
             assert g._version == version and torch.equal(g, before) and w.isfinite().all()
 
 
@@ -182,5 +200,6 @@ def test_fake_tensors_carry_shapes():
     (info_of_shared,) = mbf_shared_step_(*shared, [f], lr=0.1, momentum=0.9, decay=0.9, damping=0.1, graft="adam")
     assert (info_of_shared.shape, info_of_shared.dtype) == ((37,), torch.int32)
     assert mbf_diagonal_step_([g], [g], [g], [g], lr=0.1, momentum=0.9, diagonal_decay=0.9) is None
+    assert rank_one_step_([g], [g], [g], [g[:, 0]], [g[0]], lr=0.1, momentum=0.9, damping=0.1) is None
     assert {t.device.type for t in (lower.data, info, x, status, solve(lower, g))} == {"meta"}
     assert info.shape == status.shape == (37,) and x.shape == g.shape == solve(lower, g).shape

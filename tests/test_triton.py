@@ -47,6 +47,8 @@ class Problem:
         info_w = triton_ops.mbf_step_(
             [self.w], [self.g], [self.m], [self.fisher], [lower], [self.skipped], [number(0.5)], [number(0.75)], options
         )
+        for s, h in ((self.rhs[:, 0], self.rhs[0]), (None, None)):
+            triton_ops.rank_one_step_([self.w], [self.g], [self.m], [s], [h], [number(0.5)], options)
         assert_padding_zero(lower)
         assert_padding_zero(self.fisher)
         return [lower.data, info, x, y, info_y, self.w, self.m, self.fisher.data, info_w, self.skipped]
@@ -125,7 +127,7 @@ def test_calls_reach_the_device(tmp_path, monkeypatch, target):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     printed = python(str(ROOT / "tests" / "fake_gpu.py"), *target.split()).splitlines()
     programs = {"cuda": 8, "hip": 4}[target.split()[0]]
-    kernels = ("accumulate", "factor", "solve", "accumulate_factor_solve", "mbf_step")
+    kernels = ("accumulate", "factor", "solve", "accumulate_factor_solve", "mbf_step", "rank_one_step")
     sides = {name: 2 if name == "solve" else 1 for name in kernels}  # 9 columns take two rows of programs
 
     def launches(count):
@@ -134,7 +136,7 @@ def test_calls_reach_the_device(tmp_path, monkeypatch, target):
     expected = 2 * (2 * launches(programs) + launches(1))
     assert [line for line in printed if not line.startswith("compiled")] == expected
     compiled = [line.split()[1] for line in printed if line.startswith("compiled")]
-    with_numbers_on_device = ("factor", "accumulate_factor_solve", "mbf_step")
+    with_numbers_on_device = ("factor", "accumulate_factor_solve", "mbf_step", "rank_one_step")
     assert sorted(compiled) == sorted(2 * [*kernels, *with_numbers_on_device])
 
 
@@ -164,7 +166,7 @@ def test_pinned_tables_are_clean_and_whole():
     pinned = json.loads((ROOT / "tools" / "triton_gate.json").read_text())
     assert {"3.6.0", "3.8.0"} <= pinned.keys()
     for table in pinned.values():
-        assert len(table) == 3 * 19 and {name.split(",")[0] for name in table} == {"cuda:80", "cuda:90", "hip:gfx942"}
+        assert len(table) == 3 * 21 and {name.split(",")[0] for name in table} == {"cuda:80", "cuda:90", "hip:gfx942"}
         assert all(not kernel["spilled"] or name.endswith("float64, n = 20") for name, kernel in table.items())
 
 

@@ -4,6 +4,7 @@
     python tools/cuda_gate.py --check    compiles; fails where a kernel spills, has a stack or differs from its table
     --arch 90                            only that architecture
     --built mbf_kernels/_C.so            an architecture that a built module holds is not compiled again
+    --unchanged                          nor one whose sources, commands and compiler are those of its table
 
 A version of nvcc without a table is held to the rules alone: no spills, no stack, machine code of every architecture.
 """
@@ -124,23 +125,37 @@ def described(row: list[int] | None) -> str:
     return "none" if row is None else ", ".join(f"{n} {column}" for n, column in zip(row, COLUMNS, strict=True))
 
 
+def pinned() -> dict[str, dict]:
+    """ "nvcc": the tables by its version; "digests": of what each of their architectures was compiled from."""
+    return json.loads(PINNED.read_text()) if PINNED.exists() else {"nvcc": {}, "digests": {}}
+
+
 def pinned_tables() -> dict[str, Table]:
-    return json.loads(PINNED.read_text())["nvcc"] if PINNED.exists() else {}
+    return pinned()["nvcc"]
 
 
-def write(tables: dict[str, Table]) -> None:
+def unchanged(version: str, architectures: Iterable[int]) -> Table:
+    """The pinned tables of architectures that the same compiler would make the same machine code for."""
+    digests, tables = (pinned()[kind].get(version, {}) for kind in ("digests", "nvcc"))
+    same = [str(a) for a in architectures if str(a) in digests and digests[str(a)] == cuda_objects.digest(a)]
+    if same:
+        print(f"sm_{', sm_'.join(same)}: sources, commands and compiler are those of the table")
+    return {architecture: tables[architecture] for architecture in same}
+
+
+def write(tables: dict[str, Table], digests: dict[str, dict[str, str]]) -> None:
     """One line per kernel, so that a change reads well."""
-    rows = json.dumps({"columns": COLUMNS, "nvcc": tables}, indent=1, sort_keys=True)
+    rows = json.dumps({"columns": COLUMNS, "digests": digests, "nvcc": tables}, indent=1, sort_keys=True)
     PINNED.write_text(re.sub(r"\[[^\[\]]*\]", lambda row: " ".join(row[0].split()), rows) + "\n")
 
 
 def check(version: str, table: Table) -> int:
-    problems, pinned = broken_rules(table), pinned_tables()
-    if version in pinned:
-        problems += differences(table, pinned[version])
+    problems, tables = broken_rules(table), pinned_tables()
+    if version in tables:
+        problems += differences(table, tables[version])
     else:
         print(
-            f"nvcc {version} has no table (there are: {', '.join(sorted(pinned)) or 'none'}): rules alone are checked"
+            f"nvcc {version} has no table (there are: {', '.join(sorted(tables)) or 'none'}): rules alone are checked"
         )
     print("\n".join(problems))
     if problems:
@@ -150,9 +165,10 @@ def check(version: str, table: Table) -> int:
 
 
 def update(version: str, table: Table) -> int:
-    tables = pinned_tables()
+    tables, digests = (pinned()[kind] for kind in ("nvcc", "digests"))
     tables[version] = tables.get(version, {}) | table
-    write(tables)
+    digests[version] = digests.get(version, {}) | {a: cuda_objects.digest(int(a)) for a in table}
+    write(tables, digests)
     problems = broken_rules(table)
     print("\n".join([f"wrote {PINNED}", *problems]))
     return 1 if problems else 0
@@ -162,6 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--built", type=Path)
+    parser.add_argument("--unchanged", action="store_true")
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append")
     options = parser.parse_args(arguments)
     if not cuda_objects.nvcc():
@@ -171,6 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
         version = cuda_objects.nvcc_version()
         wanted = options.arch or ARCHITECTURES
         table = table_of_built(options.built, wanted) if options.built else {}
+        if options.unchanged:
+            table |= unchanged(version, [a for a in wanted if str(a) not in table])
         table |= table_of(cuda_objects.compile_kernels([a for a in wanted if str(a) not in table]))
     except Problem as problem:
         print(problem)

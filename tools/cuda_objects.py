@@ -5,6 +5,7 @@ An object is compiled again only when the sources of csrc/cuda, the command or t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -25,6 +26,7 @@ BUILD = ROOT / "build" / "gates"
 TOOLKIT = Path("/usr/local/cuda/bin")
 ARCHITECTURES = (80, 90, 100)
 
+RANK_ONE = re.compile(r"rank_one_kernelI(?P<scalar>[fd])E")
 KERNEL = re.compile(
     r"(?P<entry>op|step)_kernelI\w*?(?P<mapping>Thread|Team)KernelI(?P<scalar>[fd])(?P<numbers>(?:Li\d+E)+)E"
 )
@@ -80,6 +82,7 @@ def machine_code(path: Path) -> list[int]:
     return [int(a) for a in re.findall(r"\.sm_(\d+)[af]?\.cubin", run([disassembler(), "-lelf", str(path)]))]
 
 
+@functools.cache
 def commands() -> dict[str, list[str]]:
     """How CMake compiles each object of kernels, for all of ARCHITECTURES at once: {"thread float": [nvcc, ...]}."""
     try:
@@ -102,7 +105,7 @@ def kernels_of(entries: Iterable[dict]) -> dict[str, list[str]]:
         words = shlex.split(entry["command"])
         if entry["file"].endswith(".cu"):
             mapping, scalar = (
-                next(w for w in words if w.startswith("-DMBF_ENTRY=")).removeprefix("-DMBF_ENTRY=").split("_")
+                next(w for w in words if w.startswith("-DMBF_ENTRY=")).removeprefix("-DMBF_ENTRY=").rsplit("_", 1)
             )
             found[f"{mapping} {scalar}"] = words
     return found
@@ -137,6 +140,15 @@ def compile_one(name: str, architecture: int, words: list[str], version: str) ->
     return Object(name, architecture, path, log.read_text())
 
 
+def digest(architecture: int) -> str:
+    """Of all that an architecture's machine code depends on: one string for all its objects."""
+    version = nvcc_version()
+    keys = [
+        content_key(for_architecture(words, architecture, Path("object")), version) for words in commands().values()
+    ]
+    return hashlib.sha256(" ".join(sorted(keys)).encode()).hexdigest()[:24]
+
+
 def content_key(words: list[str], version: str) -> str:
     """Of all that the object depends on: the files of csrc but those of other backends, the command, the compiler."""
     digest = hashlib.sha256("\n".join([version, *words]).replace(str(ROOT), "").encode())
@@ -146,11 +158,13 @@ def content_key(words: list[str], version: str) -> str:
 
 
 def readable(mangled: str) -> str | None:
-    """ "step thread float n=9" or "op group double N=32 4x2x8"; None for what is no kernel of ours."""
-    found = KERNEL.search(mangled)
+    """ "step thread float n=9", "op group double N=32 4x2x8", "rank_one float"; None for what is no kernel of ours."""
+    found = KERNEL.search(mangled) or RANK_ONE.search(mangled)
     if not found:
         return None
     scalar = {"f": "float", "d": "double"}[found["scalar"]]
+    if found.re is RANK_ONE:
+        return f"rank_one {scalar}"
     numbers = [int(number) for number in re.findall(r"\d+", found["numbers"])]
     if found["mapping"] == "Thread":
         return f"{found['entry']} thread {scalar} n={numbers[0]}"

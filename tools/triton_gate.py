@@ -42,24 +42,27 @@ VARIANTS = {  # kernel, its constants, whether it has a factor to store
     "mbf_step grafted": ("mbf_step", STEP, False),
     "mbf_step, factor stored": ("mbf_step", STEP, True),
 }
+ELEMENTWISE = {"rank_one_step": ("rank_one_step", dict(DECOUPLED=True), False)}  # likewise, over elements: n = 1
 # The 3x3 filter and the largest block, and in float64 the largest one that fits in registers.
 CASES = [(variant, dtype, n) for dtype, n in (("float32", 9), ("float32", 20), ("float64", 13)) for variant in VARIANTS]
+CASES += [(variant, dtype, 1) for dtype in ("float32", "float64") for variant in ELEMENTWISE]
 # Two registers to a number: L alone takes 210 of the 255 of a thread at n = 14, and from there on the kernels spill.
 SPILLS_ALLOWED = [("mbf_step grafted", "float64", 20)]
-NUMBERS = {"accumulate": 2, "factor": 1, "solve": 0, "accumulate_factor_solve": 3, "mbf_step": 10}
+NUMBERS = {"accumulate": 2, "factor": 1, "solve": 0, "accumulate_factor_solve": 3, "mbf_step": 10, "rank_one_step": 6}
 
 
 def compiled(variant: str, dtype: str, n: int, target: str):
     """The compiled kernel, as a launch on contiguous storage and strided vectors would make it."""
-    name, constants, has_factor = VARIANTS[variant]
+    name, constants, has_factor = (VARIANTS | ELEMENTWISE)[variant]
     kernel = getattr(triton_kernels, name)
     lanes = TARGETS[target].warp_size
     layout = gl.BlockedLayout([1], [lanes], [WARPS], [0])
     constants = constants | dict(N=n, BLOCK=lanes * WARPS, LAYOUT=layout)
     real, word = ("*fp32", "i32") if dtype == "float32" else ("*fp64", "i64")
     view = (real, "i32", "i64", "i64", "constexpr", "i64", "i64")
-    views = dict.fromkeys(("grad", "rhs", "momentum", "param", "out"), (view, view))
-    types = dict(fisher=real, stored=real if has_factor else "constexpr", info="*i32", skipped="*i64")
+    views = {} if variant in ELEMENTWISE else dict.fromkeys(("grad", "rhs", "momentum", "param", "out"), (view, view))
+    types = dict.fromkeys(("grad", "momentum", "param", "row", "column"), real) | dict(order=("i32",) * 3)
+    types |= dict(fisher=real, stored=real if has_factor else "constexpr", info="*i32", skipped="*i64")
     types |= views | dict(numbers=(word,) * NUMBERS[name], columns="i32", count="i32")
     signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
     values = {}

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 import mbf_kernels
-from mbf_kernels import SymmetricBlocks, accumulate_, accumulate_factor_solve_, factor, mbf_step_, native, solve
+from mbf_kernels import (
+    SymmetricBlocks,
+    accumulate_,
+    accumulate_factor_solve_,
+    factor,
+    mbf_step_,
+    native,
+    rank_one_step_,
+    solve,
+)
 from mbf_kernels.testing import RATIO, assert_below, assert_factors, assert_solves, randn, spd_blocks
 
 SIZES = (1, 2, 9, 12, 13, 16, 20, 21, 24, 25, 32, 33, 48, 49, 64, 65, 96, 97, 128)
@@ -57,6 +66,8 @@ def cases(sizes: tuple[int, ...], counts: tuple[int, ...], forced: bool) -> Iter
                 yield check_fused, (n, count, dtype, layout), mapping
                 for form in FORMS:
                     yield check_step, (n, count, dtype, layout, form), mapping
+        for layout in LAYOUTS:
+            yield check_rank_one, (n, count, dtype, layout), None
 
 
 @lru_cache(maxsize=64)
@@ -179,6 +190,24 @@ def check_vectors(
     for got, want, start in zip(tensors.weights, truth.weights, before.weights, strict=True):
         moved = norm(want - start.cpu())
         assert_near(got.cpu(), want, (RATIO * n + 5) * eps * worst * moved + 4 * eps * norm(want), "the weights")
+
+
+def check_rank_one(device: str, n: int, count: int, dtype: torch.dtype, layout: str) -> None:
+    """B rows of 4 n elements. M is three roundings away from its old value and g, W a dozen from its old value and M,
+    and F is lambda at least."""
+    start = [randn(count, 4, n, dtype=dtype, seed=seed) for seed in range(3)]
+    s, h = (randn(length, dtype=dtype, seed=length).square() for length in (count, 4 * n))
+    tensors = [laid_out(tensor, layout, device) for tensor in start]
+    truth = [tensor.double() for tensor in start]
+    step = {"lr": 0.1, "momentum": 0.9, "damping": DAMPING}
+    rank_one_step_(*([tensor] for tensor in tensors), [s.to(device)], [h.to(device)], **step)
+    with mbf_kernels.use_backend("reference"):
+        rank_one_step_(*([tensor] for tensor in truth), [s.double()], [h.double()], **step)
+    eps, (w, g, m) = torch.finfo(dtype).eps, [tensor.double().abs() for tensor in start]
+    bound = 4 * eps * (m + g)
+    assert_below((tensors[2].cpu() - truth[2]).abs(), bound, "error of the momenta")
+    bound = step["lr"] / DAMPING * (bound + 12 * eps * truth[2].abs()) + 4 * eps * w
+    assert_below((tensors[0].cpu() - truth[0]).abs(), bound, "error of the weights")
 
 
 def norm(x: Tensor) -> Tensor:

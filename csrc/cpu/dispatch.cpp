@@ -19,6 +19,7 @@ struct Isa {
     Kernel kernels[2];  // by DType
     SharedKernel shared[2];
     DiagonalKernel diagonal[2];
+    RankOneKernel rank_one[2];
 };
 
 std::vector<Isa> detect_isas() {
@@ -30,19 +31,22 @@ std::vector<Isa> detect_isas() {
                          64,
                          {run_avx512_float, run_avx512_double},
                          {shared_avx512_float, shared_avx512_double},
-                         {diagonal_avx512_float, diagonal_avx512_double}});
+                         {diagonal_avx512_float, diagonal_avx512_double},
+                         {rank_one_avx512_float, rank_one_avx512_double}});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         found.push_back({"avx2",
                          32,
                          {run_avx2_float, run_avx2_double},
                          {shared_avx2_float, shared_avx2_double},
-                         {diagonal_avx2_float, diagonal_avx2_double}});
+                         {diagonal_avx2_float, diagonal_avx2_double},
+                         {rank_one_avx2_float, rank_one_avx2_double}});
 #endif
     found.push_back({"baseline",
                      16,
                      {run_baseline_float, run_baseline_double},
                      {shared_baseline_float, shared_baseline_double},
-                     {diagonal_baseline_float, diagonal_baseline_double}});
+                     {diagonal_baseline_float, diagonal_baseline_double},
+                     {rank_one_baseline_float, rank_one_baseline_double}});
     return found;
 }
 
@@ -95,6 +99,23 @@ void* thread_scratch(size_t bytes) {
     if (buffer.size() < bytes + kAlignment) buffer.resize(bytes + kAlignment);
     const uintptr_t address = reinterpret_cast<uintptr_t>(buffer.data());
     return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+}
+
+// Shares the elements of all problems among threads, which call body(problem, first, last).
+template <class Problem, class Body>
+void for_elements(const std::vector<Problem>& problems, int threads, const Body& body) {
+    int64_t elements = 0;
+    for (const Problem& problem : problems) elements += problem.count;
+    constexpr int kLine = 16;  // elements: threads never write to one cache line
+    parallel_for(elements / kLine + 1, useful_threads(threads, elements / kLine, 8.0 * elements),
+                 [&](int64_t begin, int64_t end) {
+                     begin *= kLine, end *= kLine;
+                     for (const Problem& problem : problems) {
+                         const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, problem.count);
+                         if (first < last) body(problem, first, last);
+                         begin -= problem.count, end -= problem.count;
+                     }
+                 });
 }
 
 }  // namespace
@@ -162,19 +183,18 @@ void launch_shared(DType dtype, int n, const std::vector<SharedProblem>& problem
 
 void launch_diagonal(DType dtype, const std::vector<DiagonalProblem>& problems, const MomentParameters& parameters,
                      int threads) {
-    int64_t elements = 0;
-    for (const DiagonalProblem& problem : problems) elements += problem.count;
     const DiagonalKernel kernel = current_isa()->diagonal[static_cast<int>(dtype)];
-    constexpr int kLine = 16;  // elements: threads never write to one cache line
-    parallel_for(elements / kLine + 1, useful_threads(threads, elements / kLine, 8.0 * elements),
-                 [&](int64_t begin, int64_t end) {
-                     begin *= kLine, end *= kLine;
-                     for (const DiagonalProblem& problem : problems) {
-                         const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, problem.count);
-                         if (first < last) kernel(problem, parameters, first, last);
-                         begin -= problem.count, end -= problem.count;
-                     }
-                 });
+    for_elements(problems, threads, [&](const DiagonalProblem& problem, int64_t first, int64_t last) {
+        kernel(problem, parameters, first, last);
+    });
+}
+
+void launch_rank_one(DType dtype, const std::vector<RankOneProblem>& problems, const RankOneParameters& parameters,
+                     int threads) {
+    const RankOneKernel kernel = current_isa()->rank_one[static_cast<int>(dtype)];
+    for_elements(problems, threads, [&](const RankOneProblem& problem, int64_t first, int64_t last) {
+        kernel(problem, parameters, first, last, thread_scratch(rank_one_scratch_bytes(problem)));
+    });
 }
 
 }  // namespace mbf::cpu

@@ -27,4 +27,8 @@ void launch_shared(DType dtype, int n, const std::vector<SharedProblem>& problem
 void launch_diagonal(DType dtype, const std::vector<DiagonalProblem>& problems, const MomentParameters& parameters,
                      int threads);
 
+// The step of tensors whose F has rank one, likewise.
+void launch_rank_one(DType dtype, const std::vector<RankOneProblem>& problems, const RankOneParameters& parameters,
+                     int threads);
+
 }  // namespace mbf::cpu

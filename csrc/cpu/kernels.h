@@ -36,13 +36,24 @@ using SharedKernel = void (*)(const SharedProblem& problem, const MomentParamete
 using DiagonalKernel = void (*)(const DiagonalProblem& problem, const MomentParameters& parameters, int64_t first,
                                 int64_t last);
 
-#define MBF_DECLARE_KERNELS(isa)                                                                    \
-    void run_##isa##_float(Op, const Problem&, const Parameters&, int, int64_t, int64_t, void*);    \
-    void run_##isa##_double(Op, const Problem&, const Parameters&, int, int64_t, int64_t, void*);   \
-    void shared_##isa##_float(const SharedProblem&, const MomentParameters&, int, int64_t, void*);  \
-    void shared_##isa##_double(const SharedProblem&, const MomentParameters&, int, int64_t, void*); \
-    void diagonal_##isa##_float(const DiagonalProblem&, const MomentParameters&, int64_t, int64_t); \
-    void diagonal_##isa##_double(const DiagonalProblem&, const MomentParameters&, int64_t, int64_t);
+// The step of elements [first, last) of a tensor whose F has rank one. Scratch: rank_one_scratch_bytes(problem).
+using RankOneKernel = void (*)(const RankOneProblem& problem, const RankOneParameters& parameters, int64_t first,
+                               int64_t last, void* scratch);
+
+// h in the order of memory.
+static inline size_t rank_one_scratch_bytes(const RankOneProblem& problem) {
+    return is_permuted(problem) ? sizeof(double) * problem.columns : 0;
+}
+
+#define MBF_DECLARE_KERNELS(isa)                                                                           \
+    void run_##isa##_float(Op, const Problem&, const Parameters&, int, int64_t, int64_t, void*);           \
+    void run_##isa##_double(Op, const Problem&, const Parameters&, int, int64_t, int64_t, void*);          \
+    void shared_##isa##_float(const SharedProblem&, const MomentParameters&, int, int64_t, void*);         \
+    void shared_##isa##_double(const SharedProblem&, const MomentParameters&, int, int64_t, void*);        \
+    void diagonal_##isa##_float(const DiagonalProblem&, const MomentParameters&, int64_t, int64_t);        \
+    void diagonal_##isa##_double(const DiagonalProblem&, const MomentParameters&, int64_t, int64_t);       \
+    void rank_one_##isa##_float(const RankOneProblem&, const RankOneParameters&, int64_t, int64_t, void*); \
+    void rank_one_##isa##_double(const RankOneProblem&, const RankOneParameters&, int64_t, int64_t, void*);
 MBF_DECLARE_KERNELS(baseline)
 MBF_DECLARE_KERNELS(avx2)
 MBF_DECLARE_KERNELS(avx512)

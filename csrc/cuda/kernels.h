@@ -26,4 +26,9 @@ MBF_DECLARE_ENTRY(block_float)
 MBF_DECLARE_ENTRY(block_double)
 #undef MBF_DECLARE_ENTRY
 
+cudaError_t rank_one_float(const RankOneProblem* problems, int count, const RankOneParameters& parameters,
+                           cudaStream_t stream);
+cudaError_t rank_one_double(const RankOneProblem* problems, int count, const RankOneParameters& parameters,
+                            cudaStream_t stream);
+
 }  // namespace mbf::MBF_GPU

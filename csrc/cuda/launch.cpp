@@ -20,17 +20,17 @@ const char* name_of(Op op) {
     return "unknown op";
 }
 
-void check(Op op, cudaError_t error, const char* doing) {
+void check(const char* op, cudaError_t error, const char* doing) {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // so that the error does not show up in somebody else's call
-    throw std::runtime_error(std::string(name_of(op)) + ": CUDA error " + cudaGetErrorName(error) + " (" +
+    throw std::runtime_error(std::string(op) + ": CUDA error " + cudaGetErrorName(error) + " (" +
                              cudaGetErrorString(error) + ") while " + doing);
 }
 
 // Makes a device current, and the caller's again afterwards.
 class DeviceGuard {
 public:
-    DeviceGuard(Op op, int device) {
+    DeviceGuard(const char* op, int device) {
         check(op, cudaGetDevice(&previous_), "asking for the current device");
         changed_ = device != previous_;
         if (changed_) check(op, cudaSetDevice(device), "making the device current");
@@ -86,10 +86,20 @@ Entry entry_of(Op op, DType dtype, int n, Mapping wanted) {
 void launch(Op op, DType dtype, int n, const std::vector<Problem>& problems, const Parameters& parameters, int device,
             uintptr_t stream, Mapping mapping) {
     const Entry entry = entry_of(op, dtype, n, mapping);
-    const DeviceGuard guard(op, device);
-    check(op,
+    const DeviceGuard guard(name_of(op), device);
+    check(name_of(op),
           entry(op, n, problems.data(), static_cast<int>(problems.size()), parameters,
                 reinterpret_cast<cudaStream_t>(stream)),
+          "launching the kernel");
+}
+
+void launch_rank_one(DType dtype, const std::vector<RankOneProblem>& problems, const RankOneParameters& parameters,
+                     int device, uintptr_t stream) {
+    static constexpr const char* kName = "rank_one_step_";
+    const auto entry = dtype == DType::kFloat32 ? rank_one_float : rank_one_double;
+    const DeviceGuard guard(kName, device);
+    check(kName,
+          entry(problems.data(), static_cast<int>(problems.size()), parameters, reinterpret_cast<cudaStream_t>(stream)),
           "launching the kernel");
 }
 

@@ -1,8 +1,6 @@
 // From a kernel class to launches: fills the tables and starts one grid per table.
 #pragma once
 
-#include <limits.h>
-
 #include "kernels.h"
 #include "lanes.cuh"
 #include "table.h"
@@ -42,25 +40,6 @@ cudaError_t start(Function function, int units, int n, cudaStream_t stream, cons
     return cudaLaunchKernelEx(&config, function, arguments...);
 }
 
-// Takes the first problems that fit; returns how many, and none where a single one has too many blocks for a grid.
-template <class Kernel, int kMaxProblems>
-int fill(Table<kMaxProblems>& table, int n, const Problem* problems, int count, const Parameters& parameters) {
-    table.parameters = parameters;
-    table.n = n;
-    table.problem_count = 0;
-    int64_t units = 0;
-    while (table.problem_count < kMaxProblems && table.problem_count < count) {
-        const Problem& problem = problems[table.problem_count];
-        const int64_t more = (problem.count + Kernel::kBlocks - 1) / Kernel::kBlocks;
-        if (units + more > INT_MAX) break;
-        table.first_unit[table.problem_count] = static_cast<int>(units);
-        table.problems[table.problem_count++] = problem;
-        units += more;
-    }
-    table.first_unit[table.problem_count] = static_cast<int>(units);
-    return table.problem_count;
-}
-
 template <class Kernel>
 cudaError_t run(Op op, int n, const Problem* problems, int count, const Parameters& parameters, cudaStream_t stream) {
     for (int done = 0; done < count;) {
@@ -68,12 +47,14 @@ cudaError_t run(Op op, int n, const Problem* problems, int count, const Paramete
         int taken;
         if (op == Op::kStep) {
             StepTable table;
-            taken = fill<Kernel>(table, n, problems + done, count - done, parameters);
+            table.parameters = parameters, table.n = n;
+            taken = fill(table, Kernel::kBlocks, problems + done, count - done);
             if (!taken) return cudaErrorInvalidConfiguration;
             error = start<Kernel>(step_kernel<Kernel>, table.first_unit[taken], n, stream, table);
         } else {
             OpTable table;
-            taken = fill<Kernel>(table, n, problems + done, 1, parameters);
+            table.parameters = parameters, table.n = n;
+            taken = fill(table, Kernel::kBlocks, problems + done, 1);
             if (!taken) return cudaErrorInvalidConfiguration;
             error = start<Kernel>(op_kernel<Kernel>, table.first_unit[taken], n, stream, table, op);
         }

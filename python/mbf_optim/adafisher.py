@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from mbf_kernels import rank_one_step_
+
 from .affine import Affine
 from .capture import Capture, Use
 from .diagonal_factors import Norm, known_layers, raw_factors
@@ -136,45 +138,45 @@ class AdaFisher(ModelOptimizer):
             state[name] = keep * old + take * minmax(vector)
 
     def _move(self, group: dict) -> None:
-        params = [param for param in group["params"] if param.grad is not None]
-        if not params:
-            return
-        self._average(params, group)
-        if self._decoupled and group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        for param in params:
-            state = self.state[param]
-            rate = group["lr"] / (1 - group["beta"] ** state["step"])
-            curvature = self._curvature(param, group)
-            if curvature is None:
-                param.add_(state["average"], alpha=-rate / group["damping"])
-            else:
-                param.addcdiv_(state["average"], curvature, value=-rate)
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for param in group["params"]:
+            if param.grad is not None:
+                alike.setdefault((param.device, _computed_in(param.dtype)), []).append(param)
+        for (_, dtype), params in alike.items():
+            self._move_alike(params, dtype, group)
 
-    def _average(self, params: list[Tensor], group: dict) -> None:
-        for param in params:
-            state = self.state[param]
+    def _move_alike(self, params: list[Tensor], dtype: torch.dtype, group: dict) -> None:
+        states = [self.state[param] for param in params]
+        for param, state in zip(params, states, strict=True):
             state["step"] = state.get("step", 0) + 1
             if "average" not in state:
                 state["average"] = torch.zeros_like(param)
-        averages, new = [self.state[param]["average"] for param in params], 1 - group["beta"]
-        torch._foreach_mul_(averages, group["beta"])
-        torch._foreach_add_(averages, [param.grad for param in params], alpha=new)
-        if group["weight_decay"] and not self._decoupled:
-            torch._foreach_add_(averages, params, alpha=new * group["weight_decay"])
+        written = [*params, *(state["average"] for state in states)]
+        wide = [_as(dtype, tensor) for tensor in written]
+        vectors = [self._curvature(param, dtype, group) for param in params]
+        rank_one_step_(
+            wide[: len(params)], [_as(dtype, param.grad) for param in params], wide[len(params) :],
+            [s for s, _ in vectors], [h for _, h in vectors],
+            lr=group["lr"], momentum=group["beta"], damping=group["damping"],
+            weight_decay=group["weight_decay"], decoupled=self._decoupled,
+            momentum_weight=[1 - group["beta"] ** state["step"] for state in states],
+        )  # fmt: skip
+        for tensor, result in zip(written, wide, strict=True):
+            if result is not tensor:
+                tensor.copy_(result)
 
-    def _curvature(self, param: Tensor, group: dict) -> Tensor | None:
-        """F, of the shape of the parameter; None: lambda everywhere."""
+    def _curvature(self, param: Tensor, dtype: torch.dtype, group: dict) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """s and h of F = s h^T + lambda; None: lambda everywhere."""
         layer = self._layer_of.get(id(param))
         state = self.state.get(layer.weight, {}) if layer else {}
         if "updates" not in state:
-            return None
+            return None, None
         h, s = state["H"], state["S"]
         if group["relative_damping"] is not None:
             h, s = over_mean(h), over_mean(s) * (group["damping"] / group["relative_damping"])
         if layer.bias is not None:
             h = h[-1:] if param is layer.bias else h[:-1]
-        return torch.outer(s, h).view(param.shape).add_(group["damping"])
+        return _as(dtype, s), _as(dtype, h)
 
 
 class AdaFisherW(AdaFisher):
@@ -185,6 +187,14 @@ class AdaFisherW(AdaFisher):
     """
 
     _decoupled = True
+
+
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def minmax(vector: Tensor) -> Tensor:

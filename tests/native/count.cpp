@@ -36,14 +36,16 @@ struct Isa {
     cpu::Kernel of_floats, of_doubles;
     cpu::SharedKernel shared;
     cpu::DiagonalKernel diagonal;
+    cpu::RankOneKernel rank_one;
     int largest, largest_shared;  // n: a trap takes microseconds
 };
 const std::vector<Isa> kIsas = {
     {"avx512", 64, cpu::run_avx512_float, cpu::run_avx512_double, cpu::shared_avx512_float, cpu::diagonal_avx512_float,
-     128, 64},
-    {"avx2", 32, cpu::run_avx2_float, cpu::run_avx2_double, cpu::shared_avx2_float, cpu::diagonal_avx2_float, 64, 64},
+     cpu::rank_one_avx512_float, 128, 64},
+    {"avx2", 32, cpu::run_avx2_float, cpu::run_avx2_double, cpu::shared_avx2_float, cpu::diagonal_avx2_float,
+     cpu::rank_one_avx2_float, 64, 64},
     {"baseline", 16, cpu::run_baseline_float, cpu::run_baseline_double, cpu::shared_baseline_float,
-     cpu::diagonal_baseline_float, 64, 25},
+     cpu::diagonal_baseline_float, cpu::rank_one_baseline_float, 64, 25},
 };
 
 // An op in one of its forms. Steps are those of MBF and of MBF.paper.
@@ -184,6 +186,20 @@ double diagonal_instructions(const Isa& isa) {
     return double(steps_of([&] { run(kElements); }) - steps_of([&] { run(0); })) / kElements;
 }
 
+// Of rows of 128 elements.
+double rank_one_instructions(const Isa& isa, bool curved) {
+    constexpr int64_t kColumns = 128, kElements = 2 * kColumns;
+    std::vector<float> grad(kElements, 1), momentum(grad), param(grad), vectors(grad);
+    const float* vector = curved ? vectors.data() : nullptr;
+    const RankOneProblem problem = {kElements,   kColumns,        {0.5, nullptr, DType::kFloat64},
+                                    grad.data(), momentum.data(), param.data(),
+                                    vector,      vector,          {kColumns, 0, 1}};
+    const RankOneParameters q = {parameters_of({"", Op::kStep}), true};
+    const auto run = [&](int64_t elements) { isa.rank_one(problem, q, 0, elements, nullptr); };
+    run(kElements);
+    return double(steps_of([&] { run(kElements); }) - steps_of([&] { run(0); })) / kElements;
+}
+
 bool has_words(const std::string& name, const std::set<std::string>& words) {
     std::istringstream stream(name);
     const std::set<std::string> found{std::istream_iterator<std::string>(stream), {}};
@@ -212,6 +228,8 @@ void print_others(const Isa& isa, const std::set<std::string>& words) {
         print(n, "mbf_shared_step_ matrix", [&] { return shared_instructions(isa, n, true); });
     }
     print(1, "mbf_diagonal_step_", [&] { return diagonal_instructions(isa); });
+    print(1, "rank_one_step_", [&] { return rank_one_instructions(isa, true); });
+    print(1, "rank_one_step_ without curvature", [&] { return rank_one_instructions(isa, false); });
 }
 
 }  // namespace

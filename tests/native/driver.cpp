@@ -18,6 +18,7 @@
 #include "../../csrc/emulator/fibers.h"
 #include "common.h"
 #include "moments.h"
+#include "rank_one.h"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #include <sanitizer/common_interface_defs.h>
@@ -423,6 +424,14 @@ void run_diagonal(const std::string& isa) {
     printf("%s: 2 cases\n", current_case.c_str());
 }
 
+template <class S>
+void run_rank_one(const std::string& target, const RankOneLaunch& launch, bool on_gpu) {
+    current_case = target + (sizeof(S) == 4 ? " float" : " double") + " rank_one";
+    if (!is_wanted(current_case)) return;
+    for (bool decoupled : {false, true}) run_rank_one_case<S>(launch, decoupled, on_gpu);
+    printf("%s: 2 cases\n", current_case.c_str());
+}
+
 // The steps of shared matrices and of tensors without blocks. Threads race where there is enough for several.
 void run_moments(const std::string& isa) {
     cpu::set_isa(isa);
@@ -433,6 +442,19 @@ void run_moments(const std::string& isa) {
     }
     run_diagonal<float>(isa);
     run_diagonal<double>(isa);
+    const RankOneLaunch launch = [](DType dtype, const auto& problems, const auto& parameters) {
+        cpu::launch_rank_one(dtype, problems, parameters, 3);
+    };
+    run_rank_one<float>("cpu " + isa, launch, false);
+    run_rank_one<double>("cpu " + isa, launch, false);
+}
+
+void run_emulated_rank_one() {
+    const RankOneLaunch launch = [](DType dtype, const auto& problems, const auto& parameters) {
+        emulated::launch_rank_one(dtype, problems, parameters, 0, 0);
+    };
+    run_rank_one<float>("emulated", launch, true);
+    run_rank_one<double>("emulated", launch, true);
 }
 
 std::vector<Target> cpu_targets() {
@@ -478,6 +500,7 @@ int main(int argc, char** argv) {
         run_target(emulated_target("thread", Mapping::kThread, kThreadSizes, thread_counts));
         run_target(emulated_target("group", Mapping::kGroup, kGroupSizes, group_counts));
         run_target(emulated_target("block", Mapping::kBlock, kBlockSizes, block_counts));
+        run_emulated_rank_one();
     }
     printf("%lld cases, %d failures\n", static_cast<long long>(cases), failures);
     if (!cases) fprintf(stderr, "no case has all of these words\n");

@@ -158,6 +158,15 @@ inline void shared_step(Shared& shared, const mbf::MomentParameters& parameters,
     if (!shared.info) shared.l = block.l;
 }
 
+// f: F without lambda.
+inline void rank_one_step(double g, double f, double& m, double& w, const mbf::RankOneParameters& parameters,
+                          const Numbers& numbers) {
+    const mbf::Parameters& q = parameters.step;
+    m = q.momentum * m + (1 - q.momentum) * (parameters.decoupled ? g : g + q.weight_decay * w);
+    w = (parameters.decoupled ? 1 - numbers.lr * q.weight_decay : 1) * w -
+        numbers.lr / numbers.momentum_weight * m / (f + numbers.damping);
+}
+
 inline void diagonal_step(double g, double& m, double& v, double& w, const mbf::MomentParameters& parameters,
                           const Numbers& numbers) {
     const mbf::Parameters& q = parameters.step;

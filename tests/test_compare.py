@@ -1,0 +1,66 @@
+"""The comparison's table and picture, of runs made up."""
+
+import json
+
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from benchmarks import compare, compare_table  # noqa: E402
+from benchmarks.compare_plot import EVERYWHERE, FAMILIES  # noqa: E402
+from benchmarks.optimizers import OPTIMIZERS  # noqa: E402
+from benchmarks.problems import digits  # noqa: E402
+
+
+def run(optimizer, seed, losses, note="", seconds_per_epoch=1.0):
+    history = [
+        {"epoch": epoch, "seconds": epoch * seconds_per_epoch, "train_loss": loss, "test_accuracy": 0.9, "test_loss": 1}
+        for epoch, loss in enumerate(losses)
+    ]
+    options = {"lr": 0.1, "damping": 0.03}
+    return {"problem": "digits", "optimizer": optimizer, "options": options, "seed": seed, "note": note,
+            "iteration_ms": 5.0, "history": history}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return digits()
+
+
+def test_the_table_has_medians_and_ranges_at_equal_epochs_and_equal_seconds(problem):
+    after = [2.0 - 0.1 * epoch for epoch in range(problem.epochs + 1)]  # 2.0 - 0.1 epoch
+    fast = [run("kfac", seed, [scale * loss for loss in after]) for seed, scale in enumerate((1.0, 3.0, 2.0))]
+    slow = [run("adam", seed, after, seconds_per_epoch=2.0) for seed in range(3)]
+    text = compare_table.table(problem, fast + slow, seconds=5.0)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    adam, kfac = rows[2:]  # the lowest median after all epochs first
+    assert [adam[0], kfac[0]] == ["Adam", "K-FAC"] and kfac[1] == "lr 0.1, damping 0.03"
+    assert kfac[3] == "1.6 (0.8 to 2.4)" and kfac[5] == "3 (1.5 to 4.5)" and kfac[6] == "5"
+    assert adam[3] == "0.8 (0.8 to 0.8)" and adam[5] == "1.8 (1.8 to 1.8)" and adam[6] == "2"
+
+
+def test_a_method_without_results_says_why_and_comes_last(problem):
+    good = [run("sgd", 0, [1.0] * (problem.epochs + 1))]
+    absent = [run("muon", 0, [], "does not apply: no matrices")]
+    diverged = [run("kbfgs", 0, [1.0, None], "diverged in epoch 1")]
+    text = compare_table.table(problem, absent + diverged + good, seconds=5.0)
+    lines = text.splitlines()[4:]
+    assert lines[0].startswith("| SGD") and "no matrices" in text and "diverged in epoch 1" in text
+
+
+def test_every_method_has_a_place_in_the_picture():
+    placed = [name for members in FAMILIES.values() for name in members]
+    assert sorted([*placed, *EVERYWHERE]) == sorted(OPTIMIZERS)
+
+
+def test_pictures_and_tables_are_written(problem, tmp_path):
+    runs = [run("adam", seed, [2.0] * (problem.epochs + 1)) for seed in range(2)]
+    runs += [run("kfac", 0, [2.0, None], "diverged in epoch 1"), run("muon", 0, [], "does not apply")]
+    results = json.loads(json.dumps({"seconds": {"digits": 2.0}, "runs": runs}))
+    compare.write(results, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"digits.png", "tables.md"}
+
+
+def test_numbers_are_rounded_to_five_digits():
+    assert compare.rounded({"a": [1.23456789, 7, "x", None]}) == {"a": [1.2346, 7, "x", None]}
