@@ -153,6 +153,22 @@ def test_samples_and_matrices_agree_in_float32(method, spread, monkeypatch):
             assert error < 1e-4, (name, error)
 
 
+@pytest.mark.parametrize("iterations", [0, 9])
+def test_large_matrices_in_float32(iterations, monkeypatch):
+    """Sums over half a million elements of very different sizes keep their digits: Lanczos' method ends at once."""
+    torch.manual_seed(0)
+    rows = Rows(torch.randn(60, 1, 1, 700).relu() * torch.logspace(0, -3, 700), torch.rand(60, 1, 1, 20), 1)
+    a, g = (part[:, 0, 0].double() for part in rows[:2])
+    sigma = torch.linalg.eigvals((a @ a.T).square() @ (g @ g.T).square()).real.max().sqrt().item() / 60
+    z, products = Rearranged(rows, iterations), []
+    monkeypatch.setattr(Rearranged, "times", lambda z, v, times=Rearranged.times: products.append(1) or times(z, v))
+    _, found = top_pair(z, z.right.random(), 1e-6, 50)
+    assert found.item() == pytest.approx(sigma, rel=1e-6)
+    products.clear()
+    first, _ = two_pairs(z, z.right.random(), 1e-5, 50, 8)
+    assert first.left.square().sum().item() == pytest.approx(sigma, rel=1e-6) and len(products) <= 16
+
+
 def test_singular_values_from_gram_matrices():
     """sqrt(eig((a a^T)^o2 (g g^T)^o2)) / m, another way to the same numbers."""
     torch.manual_seed(0)
