@@ -16,7 +16,7 @@ from .rearranged import Pair, Rearranged, norm
 from .sampling import Residual
 from .singular_pairs import top_pair, two_pairs
 
-METHODS = ("kpsvd", "deflation", "lanczos", "kfac_corrected")
+METHODS = {"kpsvd": 2, "deflation": 4, "lanczos": 8, "kfac_corrected": 2}  # iterations, at least
 FORMS = ("signed", "absolute")
 FIRST, SECOND = ("R", "S"), ("R2", "S2")
 ITERATIONS, RESTARTS, KRYLOV = 1000, 100, 8
@@ -113,7 +113,8 @@ class KPSVD(LayerwiseOptimizer):
 
     def _pairs(self, rows: Rows, state: dict, group: dict) -> list[Pair]:
         """Of the batch; iterations start from the averages so far."""
-        z, method = Rearranged(rows), group["method"]
+        method = group["method"]
+        z = Rearranged(rows, METHODS[method])
         tolerance = max(group["tolerance"], 100 * torch.finfo(rows.inputs.dtype).eps)
 
         def start(*names: str) -> Tensor:

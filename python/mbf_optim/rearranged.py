@@ -21,8 +21,6 @@ from torch import Tensor
 from .affine import Rows
 from .symmetric import Matrices, Samples, Space
 
-EXPECTED = 4  # iterations, at least: Z takes 2 to 5, less its first pair 2 to 90
-
 
 class Pair(NamedTuple):
     """R (x) S, with the singular value shared equally: |R| = |S| = sqrt(sigma)."""
@@ -32,10 +30,15 @@ class Pair(NamedTuple):
 
 
 class Rearranged:
-    """Z, less some pairs, on vectors of the spaces ``left`` and ``right``, [groups, ., .]. So are its pairs."""
+    """Z, less some pairs, on vectors of the spaces ``left`` and ``right``, [groups, ., .]. So are its pairs.
 
-    def __init__(self, rows: Rows):
-        self.left, self.right = _space(rows.inputs), _space(rows.gradients)
+    Args:
+        rows: of the layer.
+        iterations: that are expected, each a product with Z and one with Z^T.
+    """
+
+    def __init__(self, rows: Rows, iterations: int):
+        self.left, self.right = (_space(part, iterations) for part in rows[:2])
         self._samples, self._locations = len(rows.inputs), rows.locations
         self._deflated: tuple[Pair, ...] = ()
 
@@ -73,7 +76,8 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def norm(x: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(x, keepdim=True)
+    """In float32 torch's own may be off by 1e-4 for large matrices, as its sum is not pairwise."""
+    return dot(x, x).sqrt()
 
 
 def unit(x: Tensor) -> Tensor:
@@ -82,9 +86,9 @@ def unit(x: Tensor) -> Tensor:
     return torch.where(length == 0, 0.0, x / length)
 
 
-def _space(rows: Tensor) -> Space:
+def _space(rows: Tensor, iterations: int) -> Space:
     """By the fewer operations: an iteration on matrices takes 4 m n^2; on samples m^2, once their products and the
     decomposition, 2 m^2 n + m^3 / 3, in float64 that count twice, are there."""
     m, locations, _, n = rows.shape
-    few = locations == 1 and m * (n + m / 6) <= EXPECTED * n**2
+    few = locations == 1 and m * (n + m / 6) <= iterations * n**2
     return (Samples if few else Matrices)(rows.permute(2, 0, 1, 3).contiguous())

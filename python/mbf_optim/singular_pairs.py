@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .rearranged import Pair, Rearranged, dot, norm, unit
 
@@ -47,10 +46,14 @@ def _ritz(z: Rearranged, basis: Sequence[Tensor], dimensions: int) -> tuple[list
         images.append(z.times(vs[i]))
         if i + 1 == len(vs) < dimensions:
             vs.append(_next(z, z.transposed_times(images[i]), vs))
-    columns = torch.stack([functional.pad(image.flatten(1), (0, 1)) for image in images], 2)  # at least two dimensions
-    u, s, vt = torch.linalg.svd(columns, full_matrices=False)
-    lefts = [u[:, :-1, i].reshape(images[0].shape) for i in range(2)]
-    rights = [torch.einsum("gk,gkij->gij", vt[:, i], torch.stack(vs, 1)) for i in range(2)]
+    us: list[Tensor] = []
+    for image in images:
+        us.append(_orthogonal(image, us, torch.zeros_like(image)))
+    left, right = torch.stack(us, 1), torch.stack(vs, 1)  # [groups, K, ., .]
+    small = torch.stack([(left * image[:, None]).sum((2, 3)) for image in images], 2)
+    u, s, vt = torch.linalg.svd(small)
+    lefts = [torch.einsum("gk,gkij->gij", u[:, :, i], left) for i in range(2)]
+    rights = [torch.einsum("gk,gkij->gij", vt[:, i], right) for i in range(2)]
     return lefts, rights, [s[:, i, None, None] for i in range(2)]
 
 
