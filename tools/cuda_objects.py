@@ -84,7 +84,8 @@ def machine_code(path: Path) -> list[int]:
 
 @functools.cache
 def commands() -> dict[str, list[str]]:
-    """How CMake compiles each object of kernels, for all of ARCHITECTURES at once: {"thread float": [nvcc, ...]}."""
+    """How CMake, this Python's own if it has one, compiles each object of kernels, for all of ARCHITECTURES at once:
+    {"thread float": [nvcc, ...]}."""
     try:
         import pybind11
     except ImportError:
@@ -95,7 +96,7 @@ def commands() -> dict[str, list[str]]:
         "-DMBF_CUDA=ON",
         "-DMBF_CUDA_ARCHITECTURES=" + ";".join(map(str, ARCHITECTURES)), f"-DCMAKE_CUDA_COMPILER={nvcc()}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}",
-    ])  # fmt: skip
+    ], env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})  # fmt: skip
     return kernels_of(json.loads((folder / "compile_commands.json").read_text()))
 
 
