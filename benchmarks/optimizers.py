@@ -96,6 +96,7 @@ def kpsvd(method: str) -> Callable[..., Optimizer]:
 
 
 KRONECKER = {"lr": 1e-2, "damping": 1e-2}
+TWO_PRODUCTS = {"lr": 1e-2, "damping": 1e-1}
 KBFGS = {"lr": 0.3, "damping": 0.3}
 ADAFISHER = {"lr": 1e-3, "damping": 1e-3}
 
@@ -124,9 +125,9 @@ OPTIMIZERS: dict[str, Method] = {
         "two-level, additive", kronecker("TwoLevelKFAC", form="additive"), "deeppink", KRONECKER
     ),
     "kpsvd": Method("KPSVD", kpsvd("kpsvd"), "tab:brown", KRONECKER),
-    "deflation": Method("deflation", kpsvd("deflation"), "orangered", KRONECKER),
-    "lanczos": Method("Lanczos", kpsvd("lanczos"), "goldenrod", KRONECKER),
-    "kfac-corrected": Method("K-FAC, corrected", kpsvd("kfac_corrected"), "olivedrab", KRONECKER),
+    "deflation": Method("deflation", kpsvd("deflation"), "orangered", TWO_PRODUCTS),
+    "lanczos": Method("Lanczos", kpsvd("lanczos"), "goldenrod", TWO_PRODUCTS),
+    "kfac-corrected": Method("K-FAC, corrected", kpsvd("kfac_corrected"), "olivedrab", TWO_PRODUCTS),
     "kbfgs": Method("K-BFGS", family("KBFGS"), "tab:olive", KBFGS, closure=True),
     "kbfgsl": Method("K-BFGS(L)", family("KBFGSL"), "seagreen", KBFGS, closure=True),
     "adafisher": Method("AdaFisher", adafisher("official"), "tab:cyan", ADAFISHER),

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 
 import torch
 
@@ -43,12 +44,17 @@ def moves(dimensions: int) -> list[Place]:
     return [(1, 0), (-1, 0), (0, -1), (0, 1), (1, 1), (-1, -1), (1, -1), (-1, 1)]
 
 
+def retreats(dimensions: int) -> Iterator[Place]:
+    """To shorter steps and more damping in turn."""
+    return cycle([(-1,)] if dimensions == 1 else [(-1, 0), (0, 1)])
+
+
 def walk(start: Place, loss_at: Callable[[Place], float], budget: int) -> None:
-    """Downhill over the grid, straight on first; from a start that fails, along the learning rate until it does not.
-    Calls ``loss_at`` for at most ``budget`` places, for each once."""
-    here, tried, order = start, {start: loss_at(start)}, moves(len(start))
+    """Downhill over the grid, straight on first; a start that fails is retreated from until one does not. Calls
+    ``loss_at`` for at most ``budget`` places, for each once."""
+    here, tried, order, back = start, {start: loss_at(start)}, moves(len(start)), retreats(len(start))
     while tried[here] == math.inf and len(tried) < budget:
-        here = (here[0] - 1, *here[1:])
+        here = _moved(here, next(back))
         tried[here] = loss_at(here)
     while (better := next(_better(here, tried, order, loss_at, budget), None)) is not None:
         there, move = better
@@ -59,7 +65,7 @@ def _better(
     here: Place, tried: dict[Place, float], order: list[Place], loss_at: Callable[[Place], float], budget: int
 ) -> Iterator[tuple[Place, Place]]:
     for move in order:
-        there = tuple(a + b for a, b in zip(here, move, strict=True))
+        there = _moved(here, move)
         if there in tried:
             continue
         if len(tried) == budget:
@@ -67,6 +73,10 @@ def _better(
         tried[there] = loss_at(there)
         if tried[there] < tried[here]:
             yield there, move
+
+
+def _moved(place: Place, move: Place) -> Place:
+    return tuple(a + b for a, b in zip(place, move, strict=True))
 
 
 class Trials:

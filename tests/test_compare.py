@@ -11,6 +11,7 @@ from benchmarks import compare, compare_table  # noqa: E402
 from benchmarks.compare_plot import EVERYWHERE, FAMILIES  # noqa: E402
 from benchmarks.optimizers import OPTIMIZERS  # noqa: E402
 from benchmarks.problems import digits  # noqa: E402
+from benchmarks.tuned import settings  # noqa: E402
 
 
 def run(optimizer, seed, losses, note="", seconds_per_epoch=1.0):
@@ -54,12 +55,27 @@ def test_every_method_has_a_place_in_the_picture():
     assert sorted([*placed, *EVERYWHERE]) == sorted(OPTIMIZERS)
 
 
-def test_pictures_and_tables_are_written(problem, tmp_path):
+def test_pictures_and_a_page_are_written(problem, tmp_path):
     runs = [run("adam", seed, [2.0] * (problem.epochs + 1)) for seed in range(2)]
     runs += [run("kfac", 0, [2.0, None], "diverged in epoch 1"), run("muon", 0, [], "does not apply")]
-    results = json.loads(json.dumps({"seconds": {"digits": 2.0}, "runs": runs}))
-    compare.write(results, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"digits.png", "tables.md"}
+    compare.save({"environment": {}, "runs": runs}, tmp_path / "runs.json")
+    results = json.loads((tmp_path / "runs.json").read_text())
+    assert results["runs"] == runs
+    compare.draw(results, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"digits.png", "runs.json"}
+    once = compare.page(f"before\n{compare.BEGIN}{compare.END}after\n", results)
+    assert "diverged in epoch 1" in once and once.startswith("before") and once.endswith("after\n")
+    assert compare.page(once, results) == once
+
+
+def test_what_is_missing():
+    """Runs with other settings, of other seeds or methods; seeds on the outside."""
+    done = [
+        run("adam", 0, []) | {"options": settings("digits", "adam")},
+        run("kfac", 0, []) | {"options": settings("digits", "kfac") | {"lr": -1}},
+    ]
+    left = [(problem.name, *rest) for problem, *rest in compare.missing(["digits"], ["adam", "kfac"], [0, 1], done)]
+    assert left == [("digits", "kfac", 0), ("digits", "adam", 1), ("digits", "kfac", 1)]
 
 
 def test_numbers_are_rounded_to_five_digits():

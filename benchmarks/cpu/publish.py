@@ -12,7 +12,7 @@ from benchmarks.cpu.knees import knees
 from benchmarks.cpu.notes import NOTES
 from benchmarks.cpu.results import HOME, ROOT, load
 from benchmarks.cpu.tables import Table, step_us, tables, timed
-from benchmarks.markdown import number, table, time_text
+from benchmarks.markdown import between, number, table, time_text
 from benchmarks.ops import FUSED
 from benchmarks.peers import CHOLESKY
 
@@ -93,9 +93,7 @@ def rendered(template: str, **values) -> str:
 
 
 def with_figures(readme: str, text: str) -> str:
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + text + END + after
+    return between(readme, BEGIN, END, text)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,9 @@ class KPSVD(LayerwiseOptimizer):
     S2 are symmetric.
 
     Args:
-        model, lr, damping, momentum, weight_decay, decay, kl_clip: as in KFAC.
+        model, lr, momentum, weight_decay, decay, kl_clip: as in KFAC.
         method: see above.
+        damping: lambda; None: 1e-2 for one product, 1e-1 for two.
         inverse: "signed" as above, exact where the floor is not reached; "absolute": 1 + |s2| |s1|^T, the authors'
             code, which is not the inverse of an indefinite second product.
         floor: of 1 + s2 s1; > 0.
@@ -62,7 +63,7 @@ class KPSVD(LayerwiseOptimizer):
         lr: float = 1e-2,
         *,
         method: str = "kpsvd",
-        damping: float = 1e-2,
+        damping: float | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         decay: float = 0.95,
@@ -77,6 +78,8 @@ class KPSVD(LayerwiseOptimizer):
         mean_loss: bool = True,
         grad_scaler: torch.amp.GradScaler | None = None,
     ):
+        if damping is None:
+            damping = 1e-2 if method == "kpsvd" else 1e-1
         defaults = {
             "lr": lr, "method": method, "damping": damping, "momentum": momentum, "weight_decay": weight_decay,
             "decay": decay, "update_interval": update_interval, "factor_interval": factor_interval,
