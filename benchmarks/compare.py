@@ -1,8 +1,8 @@
 """Compare all optimizers as tuned, over several seeds: python -m benchmarks.compare
 
 Every run takes the problem's epochs, and goes on until its seconds are over where those are more, so that losses are
-known after equal epochs and after equal time. Every run is saved in runs.json of --out as soon as it ends; --resume goes
-on with those that are there, of the same settings. A picture per problem is drawn beside it and a table printed;
+known after equal epochs and after equal time. Every run is saved in runs.json of --out as soon as it ends; --resume
+goes on with those that are there, of the same settings. A picture per problem is drawn beside it, a table printed;
 --publish writes the tables into docs/comparison.md too.
 """
 
