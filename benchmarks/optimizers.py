@@ -120,7 +120,7 @@ OPTIMIZERS: dict[str, Method] = {
     "sgd": Method("SGD, momentum", sgd, "tab:gray", {"lr": 1e-2}),
     "kfac": Method("K-FAC", kronecker("KFAC"), "tab:purple", KRONECKER),
     "kfac-exact": Method("K-FAC, exact damping", kronecker("KFAC", damping_form="exact"), "orchid", KRONECKER),
-    "two-level": Method("two-level K-FAC", kronecker("TwoLevelKFAC"), "tab:pink", KRONECKER),
+    "two-level": Method("two-level K-FAC", kronecker("TwoLevelKFAC", weight=0.01), "tab:pink", KRONECKER),
     "two-level-additive": Method(
         "two-level, additive", kronecker("TwoLevelKFAC", form="additive"), "deeppink", KRONECKER
     ),

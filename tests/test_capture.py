@@ -194,9 +194,21 @@ def test_what_is_not_recorded():
     capture.clear()
     capture.recording = False
     loss_of(model(inputs)).backward()
-    capture.recording, capture.active = True, False
-    loss_of(model(inputs)).backward()
     assert [len(capture.uses(layer.module)) for layer in layers] == [0, 0, 0]
+
+
+def test_only_modules_that_are_wanted_are_looked_at():
+    model, wanted = Wild().double(), Wanted()
+    capture = Capture(model, [model.first, model.shared, model.last], wanted.looks)
+    wanted.modules = {model.shared}
+    loss_of(model(randn(6, 4, dtype=torch.float64))).backward()
+    assert [len(capture.uses(module)) for module in (model.first, model.shared, model.last)] == [0, 2, 0]
+    assert capture.called == {model.shared}
+
+
+class Wanted:
+    def looks(self, module):
+        return module in self.modules
 
 
 def test_a_frozen_bias_is_no_part_of_the_matrix():

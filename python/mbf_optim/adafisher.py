@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from mbf_kernels import rank_one_step_
 
 from .affine import Affine
-from .capture import Capture, Use
+from .capture import Use
 from .diagonal_factors import Norm, known_layers, raw_factors
-from .model_optimizer import ModelOptimizer, count, number, positive
+from .model_optimizer import ModelOptimizer, count, number, one_of, positive
 
 EPSILON = 1e-6  # of the normalization
 AVERAGES: dict[str, Callable[[float], tuple[float, float]]] = {  # what remains of the old, and comes of the new
@@ -45,7 +45,8 @@ class AdaFisher(ModelOptimizer):
         update_interval: steps between updates of H and S.
         weight_decay: added to the gradient; see AdaFisherW.
         variant: "official" as in the authors' code, "paper" with the average of the paper. With the former and its
-            defaults F is in [lambda, 1.0756 lambda] from the third update on: SGD with momentum, nearly.
+            defaults F is in [lambda, 1.085 lambda] from the third update on, later in [lambda, 1.0757 lambda]: SGD
+            with momentum, nearly.
         relative_damping: tau > 0; ours, not the paper's: F = (lambda / lambda_l) (S H^T + lambda_l), lambda_l = tau
             times the mean of S H^T over the layer. Curvature then counts at any scale, and no step is longer than
             lr / lambda along M.
@@ -63,6 +64,7 @@ class AdaFisher(ModelOptimizer):
     """
 
     _decoupled = False
+    _like_parameters = ("average",)
 
     def __init__(
         self,
@@ -84,9 +86,6 @@ class AdaFisher(ModelOptimizer):
         }  # fmt: skip
         super().__init__(model, defaults, groups)
         self._grad_scaler = grad_scaler
-        self._layers = known_layers(model, self._group_of().keys())
-        self._layer_of = {id(param): layer for layer in self._layers for param in layer.params}
-        self._capture = Capture(model, [layer.module for layer in self._layers])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -96,7 +95,6 @@ class AdaFisher(ModelOptimizer):
         for group in self.param_groups:
             self._move(group)
             group["step"] += 1
-        self._capture.active = any(self._due(group, "update_interval") for group in self.param_groups)
         return loss
 
     def _check(self, options: dict) -> None:
@@ -108,9 +106,14 @@ class AdaFisher(ModelOptimizer):
         if options["relative_damping"] is not None:
             positive(self._title, "relative_damping", options["relative_damping"])
         count(self._title, "update_interval", options["update_interval"])
-        if options["variant"] not in AVERAGES:
-            known = ", ".join(AVERAGES)
-            raise ValueError(f"{self._title}: expected variant to be one of {known}, got {options['variant']!r}")
+        one_of(self._title, "variant", options["variant"], AVERAGES)
+
+    def _known_layers(self, trained: Container[int] | None) -> list[Affine | Norm]:
+        return known_layers(self._model, trained)
+
+    def _shapes(self, layer: Affine | Norm) -> dict[str, tuple[int, ...]]:
+        groups, outputs, n = layer.shape
+        return {"H": (n,), "S": (groups * outputs,)}
 
     def _structure(self, layer: Affine | Norm) -> tuple[str, int, int]:
         groups, outputs, n = layer.shape
@@ -120,16 +123,15 @@ class AdaFisher(ModelOptimizer):
     def _update_statistics(self) -> None:
         group_of = self._group_of()
         for layer in self._layers:
-            uses, group = self._capture.uses(layer.module), group_of[id(layer.weight)]
-            if uses and self._due(group, "update_interval"):
-                self._observe(layer, uses, group)
+            if uses := self._uses(layer):
+                self._observe(layer, uses, group_of[id(layer.weight)])
         self._capture.clear()
 
     def _observe(self, layer: Affine | Norm, uses: Sequence[Use], group: dict) -> None:
         state = self.state[layer.weight]
         new = raw_factors(layer, uses, 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale())
         if not all(bool(vector.isfinite().all()) for vector in new):
-            state["skipped"] = state.get("skipped", 0) + 1
+            self._skip(state)
             return
         state["updates"] = state.get("updates", 0) + 1
         keep, take = AVERAGES[group["variant"]](group["decay"])
@@ -153,7 +155,8 @@ class AdaFisher(ModelOptimizer):
                 state["average"] = torch.zeros_like(param)
         written = [*params, *(state["average"] for state in states)]
         wide = [_as(dtype, tensor) for tensor in written]
-        vectors = [self._curvature(param, dtype, group) for param in params]
+        layers = {id(param): layer for layer in self._layers for param in layer.params}
+        vectors = [self._curvature(param, layers.get(id(param)), dtype, group) for param in params]
         rank_one_step_(
             wide[: len(params)], [_as(dtype, param.grad) for param in params], wide[len(params) :],
             [s for s, _ in vectors], [h for _, h in vectors],
@@ -165,9 +168,10 @@ class AdaFisher(ModelOptimizer):
             if result is not tensor:
                 tensor.copy_(result)
 
-    def _curvature(self, param: Tensor, dtype: torch.dtype, group: dict) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def _curvature(
+        self, param: Tensor, layer: Affine | Norm | None, dtype: torch.dtype, group: dict
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """s and h of F = s h^T + lambda; None: lambda everywhere."""
-        layer = self._layer_of.get(id(param))
         state = self.state.get(layer.weight, {}) if layer else {}
         if "updates" not in state:
             return None, None

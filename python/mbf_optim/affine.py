@@ -47,6 +47,27 @@ class ModuleLayer:
 class Affine(ModuleLayer):
     """A Linear, Conv1d or Conv2d."""
 
+    def fits(self, use: Use) -> bool:
+        """Whether the module did with its input what its class does; a subclass may do otherwise."""
+        inputs, outputs = tuple(use.inputs.shape), tuple(use.gradients.shape)
+        if isinstance(self.module, nn.Linear):
+            return inputs[-1] == self.weight.shape[1] and outputs == (*inputs[:-1], self.weight.shape[0])
+        dimensions = self.weight.ndim - 2
+        *samples, channels = inputs[:-dimensions]
+        fitting = len(samples) <= 1 and channels == self.weight.shape[1] * self.groups
+        return fitting and outputs == (*samples, self.weight.shape[0], *self._places(inputs[-dimensions:]))
+
+    def _places(self, sizes: Sequence[int]) -> list[int]:
+        """Of a convolution's output, in every dimension."""
+        module = self.module
+        padding = module._reversed_padding_repeated_twice[::-1]
+        return [
+            (size + left + right - dilation * (kernel - 1) - 1) // stride + 1
+            for size, left, right, kernel, stride, dilation in zip(
+                sizes, padding[::2], padding[1::2], module.kernel_size, module.stride, module.dilation, strict=True
+            )
+        ]
+
     @property
     def groups(self) -> int:
         return getattr(self.module, "groups", 1)
@@ -151,8 +172,9 @@ def layers_of(
 ) -> list[Kind]:
     """Of the modules of some kinds that have a weight.
 
-    Only those whose weight and bias no other module holds: the inputs of the other would not be known. ``trained``: the
-    ids of the parameters that count; None: all that require gradients.
+    Only those whose weight and bias are parameters, not made of others at every pass, and which no other module holds:
+    the inputs of the other would not be known. ``trained``: the ids of the parameters that count; None: all that
+    require gradients.
     """
     owners: dict[int, int] = {}
     for module in model.modules():
@@ -165,7 +187,7 @@ def layers_of(
             if bias is not None and trained is not None and id(bias) not in trained:
                 bias = None
             layer = make(name, module, module.weight, bias)
-            single = all(owners[id(parameter)] == 1 for parameter in layer.params)
+            single = all(owners.get(id(parameter)) == 1 for parameter in layer.params)
             if single and (trained is None or id(module.weight) in trained):
                 layers.append(layer)
     return layers

@@ -16,37 +16,70 @@ import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Use:
     """One call of a module whose output got a gradient."""
 
-    forward_pass: int  # of the model, counted
+    forward_pass: int  # counted
     inputs: Tensor  # as the module got them, detached
-    gradients: Tensor  # of the loss, of the output's shape
+    version: int  # of the inputs then
+    gradients: Tensor | None = None  # of the loss, of the output's shape; of several backward passes their sum
+    arriving: Tensor | None = None  # the same of a backward pass that has not reached the weight
+    backward_pass: int = -1  # its number
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the inputs have been since."""
+        return self.inputs._version != self.version
 
 
 class Capture:
     """The uses of some modules of a model, since they were last cleared.
 
-    Recorded are calls in training mode with autograd on, once their output's gradient is known: under non-reentrant
-    checkpointing that is the first call, not the one that recomputes. What follows in place does not matter.
+    Recorded are calls in training mode with autograd on, once the gradients of their output and of their weight have
+    come, as they add to the weight's ``grad``: what ``torch.autograd.grad`` asks for on the side leaves no trace, and a
+    ``grad`` set to None takes what was recorded along. Under non-reentrant checkpointing it is the first call, not the
+    one that recomputes. What follows in place does not matter.
+
+    Args:
+        model: what a forward pass is one of.
+        modules: with a ``weight``.
+        wanted: whether calls of a module are looked at. A method of an object that owns the capture.
     """
 
-    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]):
-        self.active = True  # whether calls are looked at
-        self.recording = True  # whether gradients are kept
-        self._forward_pass = 0
+    def __init__(
+        self, model: nn.Module, modules: Iterable[nn.Module], wanted: Callable[[nn.Module], bool] | None = None
+    ):
+        self.recording = True  # whether gradients of the loss are kept
+        self._wanted = None if wanted is None else weakref.WeakMethod(wanted)
+        self._drawing = False  # gradients are not those of the loss
+        self._forward_pass, self._inside, self._answered = 0, False, False
         self._unanswered: set[int] = set()  # passes whose loss has not come back to the output yet
         self._uses: dict[nn.Module, list[Use]] = {module: [] for module in modules}
+        self._weights = {module: module.weight for module in self._uses}
+        self._watched: set[nn.Module] = set()  # whose weight has a hook
+        self.called: set[nn.Module] = set()  # in this pass, and looked at
         hook(self, model.register_forward_pre_hook, self._begin_pass)
+        hook(self, partial(model.register_forward_hook, always_call=True), self._end_pass)
         for module in self._uses:
-            hook(self, partial(module.register_forward_hook, with_kwargs=True), self._see)
+            hook(self, partial(module.register_forward_hook, with_kwargs=True, prepend=True), self._see)
 
     def uses(self, module: nn.Module) -> list[Use]:
-        return self._uses[module]
+        """Where no gradient reached the weight (it is frozen, or its ``grad`` was put there by hand), all that arrived
+        at the output."""
+        uses = self._uses[module]
+        recorded = [use for use in uses if use.gradients is not None]
+        if not recorded:
+            for use in uses:
+                use.gradients, use.arriving = use.arriving, None
+        return recorded or uses
 
     def clear(self) -> None:
         self._keep(lambda forward_pass: False)
+
+    def forget(self, module: nn.Module) -> None:
+        """What has been read."""
+        self._uses[module] = []
 
     def restart(self) -> None:
         """Clears for another gradient, which may be that of the last pass: gradients are zeroed before the forward pass
@@ -59,37 +92,96 @@ class Capture:
             self._keep(lambda forward_pass: forward_pass not in self._unanswered)
 
     @contextmanager
-    def before_loss(self, output: Tensor) -> Iterator[None]:
-        """Inside, gradients are kept that are not those of the loss: it will come back to the model's output later."""
-        before, self.recording = self.recording, True
+    def before_loss(self, outputs: Iterable[Tensor]) -> Iterator[None]:
+        """Inside, gradients are kept that are not those of the loss: it will come back to the model's outputs later."""
+        before, self.recording, self._drawing = self.recording, True, True
         try:
             yield
         finally:
-            self.recording = before
+            self.recording, self._drawing = before, False
         forward_pass = self._forward_pass
         self._unanswered.add(forward_pass)
-        _unviewed(output).register_hook(lambda gradients: self._unanswered.discard(forward_pass))
+        for output in outputs:
+            _unviewed(output).register_hook(lambda gradients: self._unanswered.discard(forward_pass))
 
     def _keep(self, wanted: Callable[[int], bool]) -> None:
-        for uses in self._uses.values():
-            uses[:] = [use for use in uses if wanted(use.forward_pass)]
+        self._uses = {module: [use for use in uses if wanted(use.forward_pass)] for module, uses in self._uses.items()}
         self._unanswered = {forward_pass for forward_pass in self._unanswered if wanted(forward_pass)}
 
     def _begin_pass(self, module: nn.Module, args: tuple) -> None:
+        if torch.is_grad_enabled():
+            self._next_pass()
+            self._inside = True
+
+    def _end_pass(self, module: nn.Module, args: tuple, output: object) -> None:
+        self._inside = False
+
+    def _next_pass(self) -> None:
         self._forward_pass += 1
+        self._answered = False
+        self.called.clear()
 
-    def _see(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        trains = module.training and any(param.requires_grad for param in module.parameters(recurse=False))
-        if not (self.active and trains and torch.is_grad_enabled()):
+    def _see(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if not self._looks_at(module, output):
             return
-        inputs, forward_pass = (args[0] if args else kwargs["input"]).detach(), self._forward_pass
-        shape = output.shape
+        inputs = args[0] if args else kwargs.get("input")
+        if not isinstance(inputs, Tensor) or not inputs.numel() or not output.numel():
+            return
+        if self._answered and not self._inside and _backward_pass() == NONE:
+            self._next_pass()  # of a part of the model, called by itself
+        self._watch(module)
+        self.called.add(module)
+        inputs = inputs.detach()
+        if torch.is_autocast_enabled(inputs.device.type) or inputs.is_inference():
+            inputs = inputs.clone()  # autocast saves a copy for the backward pass, so that they may be written to
+        use, shape = Use(self._forward_pass, inputs, inputs._version), output.shape
+        _unviewed(output).register_hook(lambda gradients: self._answer(module, use, gradients.detach().reshape(shape)))
 
-        def keep(gradients: Tensor) -> None:
-            if self.recording:
-                self._uses[module].append(Use(forward_pass, inputs, gradients.detach().reshape(shape)))
+    def _looks_at(self, module: nn.Module, output: object) -> bool:
+        if not (isinstance(output, Tensor) and output.requires_grad and module.training and torch.is_grad_enabled()):
+            return False
+        wanted = self._wanted and self._wanted()
+        if wanted is not None and not wanted(module):
+            return False
+        trains = any(param.requires_grad for param in module.parameters(recurse=False))
+        return trains and module.weight is self._weights[module]  # another: torch.func.functional_call
 
-        _unviewed(output).register_hook(keep)
+    def _watch(self, module: nn.Module) -> None:
+        weight = self._weights[module]
+        if module not in self._watched and weight.requires_grad:
+            self._watched.add(module)
+            hook(self, weight.register_post_accumulate_grad_hook, self._arrive, module)
+
+    def _answer(self, module: nn.Module, use: Use, gradients: Tensor) -> None:
+        """A gradient has come to an output."""
+        if not self.recording:
+            return
+        if self._drawing:
+            use.gradients = gradients
+        else:
+            if self._weights[module].grad is None:  # what has been recorded is not part of what will be there
+                self._uses[module] = [other for other in self._uses[module] if other.gradients is None]
+                use.gradients = None
+            use.arriving, use.backward_pass = gradients, _backward_pass()
+        if use not in self._uses[module]:
+            self._uses[module].append(use)
+
+    def _arrive(self, module: nn.Module, weight: Tensor) -> None:
+        """A gradient has been added to the weight's."""
+        self._answered = True
+        for use in self._uses[module]:
+            if use.arriving is not None and use.backward_pass == _backward_pass():
+                use.gradients = use.arriving if use.gradients is None else use.gradients + use.arriving
+            use.arriving = None
+        self._uses[module] = [use for use in self._uses[module] if use.gradients is not None]
+
+
+NONE = -1
+
+
+def _backward_pass() -> int:
+    """The number of the one that is going on, or NONE."""
+    return torch._C._current_graph_task_id()
 
 
 def _unviewed(output: Tensor) -> Tensor:
@@ -101,22 +193,22 @@ def _unviewed(output: Tensor) -> Tensor:
     return base if base.is_contiguous() and output.is_contiguous() else output
 
 
-def hook(owner: object, register: Callable, method: Callable) -> None:
-    """Registers a method of the owner with a module, for as long as the owner lives."""
-    weakref.finalize(owner, register(_Hook(method)).remove)
+def hook(owner: object, register: Callable, method: Callable, *first: object) -> None:
+    """Registers a method of the owner with a module or a tensor, for as long as the owner lives."""
+    weakref.finalize(owner, register(_Hook(method, *first)).remove)
 
 
 class _Hook:
-    """A module's hook that keeps the object of its method from nothing: neither from being collected, nor the module
-    from being copied and pickled. A copy does nothing."""
+    """A hook that keeps the object of its method from nothing: neither from being collected, nor the module from being
+    copied and pickled. A copy does nothing."""
 
-    def __init__(self, method: Callable | None = None):
-        self._method = None if method is None else weakref.WeakMethod(method)
+    def __init__(self, method: Callable | None = None, *first: object):
+        self._method, self._first = None if method is None else weakref.WeakMethod(method), first
 
     def __call__(self, *args) -> None:
         method = self._method and self._method()
         if method is not None:
-            method(*args)
+            method(*self._first, *args)
 
     def __reduce__(self) -> tuple:
         return _Hook, ()

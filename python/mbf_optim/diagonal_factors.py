@@ -24,6 +24,9 @@ class Norm(ModuleLayer):
         """As of an Affine whose input is one number."""
         return 1, self.weight.numel(), len(self.params)
 
+    def fits(self, use: Use) -> bool:
+        return use.inputs.shape == use.gradients.shape
+
     def batched(self, tensor: Tensor) -> Tensor:
         """With a dimension of samples: LayerNorm does without."""
         return tensor[None] if tensor.ndim == self.weight.ndim else tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .affine import Affine, affine_layers
 from .bfgs import accepts, action_update, double_damping, gated_update, limited_product
-from .capture import Capture, Use
+from .capture import Use
 from .kronecker import damped, gram, inverses
-from .model_optimizer import ModelOptimizer, count, number
+from .model_optimizer import ModelOptimizer, count, flag, number
 
 MU1 = 0.2  # of the first of the two dampings
 
@@ -43,9 +43,8 @@ class QuasiNewton(ModelOptimizer):
 
     def __init__(self, model: nn.Module, defaults: dict[str, Any], groups: Iterable[dict] | None, mean_loss: bool):
         super().__init__(model, defaults, groups)
+        flag(self._title, "mean_loss", mean_loss)
         self._mean_loss = mean_loss
-        self._layers = affine_layers(model, self._group_of().keys())
-        self._capture = Capture(model, [layer.module for layer in self._layers])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float:
@@ -94,9 +93,19 @@ class QuasiNewton(ModelOptimizer):
         self._capture.clear()
         return super()._evaluated(closure)
 
-    def _uses(self) -> dict[Affine, list[Use]]:
-        """Of the layers that were used."""
-        return {layer: uses for layer in self._layers if (uses := self._capture.uses(layer.module))}
+    def _known_layers(self, trained: Container[int] | None) -> list[Affine]:
+        return affine_layers(self._model, trained)
+
+    def _wants(self, module: nn.Module) -> bool:
+        return module in self._layer_of
+
+    def _shapes(self, layer: Affine) -> dict[str, tuple[int, ...]]:
+        groups, outputs, inputs = layer.shape
+        return {"A": (groups, inputs, inputs), "s": (groups, outputs)}
+
+    def _used(self) -> dict[Affine, list[Use]]:
+        """The layers that were used, and their uses."""
+        return {layer: uses for layer in self._layers if (uses := self._uses(layer))}
 
     def _means(self, layer: Affine, uses: Sequence[Use]) -> Means:
         """At the weights as they are. A frozen bias is in no mean of h, and drops out of s."""
@@ -105,7 +114,7 @@ class QuasiNewton(ModelOptimizer):
 
     def _observe(self, groups: dict[Affine, dict]) -> dict[Affine, Means]:
         """Updates A; of the layers where something can be learned the means."""
-        used, means = self._uses(), {}
+        used, means = self._used(), {}
         bounds = [_trace_bound(layer, uses) for layer, uses in used.items()]
         for (layer, uses), bound in zip(used.items(), _on_host(bounds), strict=True):
             if math.isfinite(bound) and self._average_inputs(layer, uses, groups[layer]):
@@ -161,7 +170,7 @@ class QuasiNewton(ModelOptimizer):
     def _learn(self, first: dict[Affine, Means], groups: dict[Affine, dict]) -> None:
         """Updates H_a and H_g, from the means at W and at W+."""
         pairs, good = [], []
-        for layer, uses in self._uses().items():
+        for layer, uses in self._used().items():
             if layer in first:
                 state, group, means = self.state[layer.weight], groups[layer], first[layer]
                 good.append(self._act(state, means.inputs, group))
@@ -184,10 +193,6 @@ class QuasiNewton(ModelOptimizer):
         product = self._product(state, state["y"][..., None])[..., 0]
         s, y = double_damping(state["s"], state["y"], product, MU1, group["damping"] ** 0.5)
         return Pair(torch.where(finite, s, math.nan), y, first.gradients, state, group)
-
-    @staticmethod
-    def _skip(state: dict, groups: int) -> None:
-        state["skipped"] = state.get("skipped", 0) + groups
 
     def _check(self, options: dict) -> None:
         for name in ("lr", "weight_decay"):

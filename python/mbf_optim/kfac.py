@@ -12,7 +12,7 @@ from .affine import Affine, Rows
 from .input_side import input_side
 from .kronecker import mean_diagonal, output_factor, split_damping, update_inverses
 from .layerwise import LayerwiseOptimizer
-from .model_optimizer import check_range, number, positive
+from .model_optimizer import check_range, flag, number, one_of, positive
 from .sampling import Residual
 
 FORMS = ("factored", "unbalanced", "exact")
@@ -87,16 +87,18 @@ class KFAC(LayerwiseOptimizer):
         if options["damping_form"] == "exact":  # eigenvalues may be zero
             positive(self._title, "damping", options["damping"])
         number(self._title, "decay", options["decay"], 0, 1)
-        if options["damping_form"] not in FORMS:
-            raise ValueError(
-                f"{self._title}: expected damping_form to be one of {', '.join(FORMS)}, got {options['damping_form']!r}"
-            )
+        one_of(self._title, "damping_form", options["damping_form"], FORMS)
+        flag(self._title, "spatially_uncorrelated", options["spatially_uncorrelated"])
+
+    def _shapes(self, layer: Affine) -> dict[str, tuple[int, ...]]:
+        groups, outputs, inputs = layer.shape
+        return {"A": (groups, inputs, inputs), "G": (groups, outputs, outputs)}
 
     def _observe(self, layer: Affine, rows: Rows, state: dict, group: dict) -> None:
         side = input_side(layer, group)
         new = side.blocks(rows) | {"G": output_factor(rows)}
         if not all(bool(matrix.sum().isfinite()) for matrix in new.values()):
-            state["skipped"] = state.get("skipped", 0) + 1
+            self._skip(state)
             return
         state["updates"] = state.get("updates", 0) + 1
         keep = min(1 - 1 / state["updates"], group["decay"])
@@ -117,7 +119,8 @@ class KFAC(LayerwiseOptimizer):
                 of_a, of_g = split_damping(*means, group["damping"], group["damping_form"] == "factored")
                 factored.append(state)
                 dampings.append(dict.fromkeys(side.names, of_a) | {"G": of_g})
-        update_inverses(factored, dampings)
+        for state in update_inverses(factored, dampings):
+            self._skip(state)
 
     def _direction(self, layer: Affine, gradient: Tensor, group: dict) -> Tensor | None:
         state, side = self.state.get(layer.weight, {}), input_side(layer, group)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .affine import Affine, Rows
 from .kronecker import mean_diagonal, split_damping, update_inverses, whitened
 from .layerwise import LayerwiseOptimizer
-from .model_optimizer import check_range, number, positive
-from .rearranged import Pair, Rearranged, norm
+from .model_optimizer import check_range, number, one_of, positive
+from .rearranged import Pair, Rearranged, norm, unit
 from .sampling import Residual
 from .singular_pairs import top_pair, two_pairs
 
@@ -20,6 +20,7 @@ METHODS = {"kpsvd": 2, "deflation": 4, "lanczos": 8, "kfac_corrected": 2}  # ite
 FORMS = ("signed", "absolute")
 FIRST, SECOND = ("R", "S"), ("R2", "S2")
 ITERATIONS, RESTARTS, KRYLOV = 1000, 100, 8
+NEW = 1e-2  # of a start is random: what a warm one is orthogonal to would never be found
 
 
 class KPSVD(LayerwiseOptimizer):
@@ -42,7 +43,7 @@ class KPSVD(LayerwiseOptimizer):
     Args:
         model, lr, momentum, weight_decay, decay, kl_clip: as in KFAC.
         method: see above.
-        damping: lambda; None: 1e-2 for one product, 1e-1 for two.
+        damping: lambda; None: 1e-2 for one product, 1e-1 for two, where it acts as its square does for one.
         inverse: "signed" as above, exact where the floor is not reached; "absolute": 1 + |s2| |s1|^T, the authors'
             code, which is not the inverse of an indefinite second product.
         floor: of 1 + s2 s1; > 0.
@@ -78,8 +79,6 @@ class KPSVD(LayerwiseOptimizer):
         mean_loss: bool = True,
         grad_scaler: torch.amp.GradScaler | None = None,
     ):
-        if damping is None:
-            damping = 1e-2 if method == "kpsvd" else 1e-1
         defaults = {
             "lr": lr, "method": method, "damping": damping, "momentum": momentum, "weight_decay": weight_decay,
             "decay": decay, "update_interval": update_interval, "factor_interval": factor_interval,
@@ -88,26 +87,31 @@ class KPSVD(LayerwiseOptimizer):
         super().__init__(model, defaults, groups, distribution, mean_loss, grad_scaler)
 
     def _check(self, options: dict) -> None:
+        if options["damping"] is None:
+            options["damping"] = 1e-2 if options["method"] == "kpsvd" else 1e-1
         check_range(self._title, options)
         positive(self._title, "damping", options["damping"])
         number(self._title, "decay", options["decay"], 0, 1)
         positive(self._title, "floor", options["floor"])
         number(self._title, "tolerance", options["tolerance"], 0, math.inf)
-        for name, known in (("method", METHODS), ("inverse", FORMS)):
-            if options[name] not in known:
-                raise ValueError(
-                    f"{self._title}: expected {name} to be one of {', '.join(known)}, got {options[name]!r}"
-                )
+        one_of(self._title, "method", options["method"], METHODS)
+        one_of(self._title, "inverse", options["inverse"], FORMS)
+
+    def _shapes(self, layer: Affine) -> dict[str, tuple[int, ...]]:
+        groups, outputs, inputs = layer.shape
+        return {"R": (groups, inputs, inputs), "S": (groups, outputs, outputs)}
 
     def _observe(self, layer: Affine, rows: Rows, state: dict, group: dict) -> None:
         lengths = [torch.linalg.vector_norm(part, dim=(1, 3)) for part in (rows.inputs, rows.gradients)]
         if not bool((lengths[0] * lengths[1]).pow(4).sum().isfinite()):  # bounds |Z|^2
-            state["skipped"] = state.get("skipped", 0) + 1
+            self._skip(state)
             return
+        method = list(METHODS).index(group["method"])
+        if state.setdefault("method", method) != method:  # averages of another's pairs
+            for name in state.keys() - {"momentum_buffer", "skipped"}:
+                del state[name]
+            state["method"] = method
         pairs = self._pairs(rows, state, group)
-        if len(pairs) == 1:  # the method has changed
-            for name in (*SECOND, "K1", "K2", "spectrum"):
-                state.pop(name, None)
         state["updates"] = state.get("updates", 0) + 1
         keep = min(1 - 1 / state["updates"], group["decay"])
         for names, pair in zip((FIRST, SECOND), pairs, strict=False):
@@ -117,12 +121,12 @@ class KPSVD(LayerwiseOptimizer):
     def _pairs(self, rows: Rows, state: dict, group: dict) -> list[Pair]:
         """Of the batch; iterations start from the averages so far."""
         method = group["method"]
-        z = Rearranged(rows, METHODS[method])
+        z = Rearranged(rows, METHODS[method], seed=state.get("updates", 0))
         tolerance = max(group["tolerance"], 100 * torch.finfo(rows.inputs.dtype).eps)
 
         def start(*names: str) -> Tensor:
-            known = [state[name] for name in names if name in state]
-            return z.right.vector(sum(known)) if known else z.right.random()
+            new, known = unit(z.right.random()), [state[name] for name in names if name in state]
+            return unit(z.right.vector(sum(known))) + NEW * new if known else new
 
         if method == "lanczos":
             return [z.matrices(pair) for pair in two_pairs(z, start("S", "S2"), tolerance, RESTARTS, KRYLOV)]
@@ -148,7 +152,8 @@ class KPSVD(LayerwiseOptimizer):
                 single.append(state)
                 both = split_damping(*map(mean_diagonal, pair), damping, balanced=False)
                 dampings.append(dict(zip(FIRST, both, strict=True)))
-        update_inverses(single, dampings)
+        for state in update_inverses(single, dampings):
+            self._skip(state)
 
     def _direction(self, layer: Affine, gradient: Tensor, group: dict) -> Tensor | None:
         state = self.state.get(layer.weight, {})
@@ -163,8 +168,7 @@ class KPSVD(LayerwiseOptimizer):
 
     def _structure(self, layer: Affine) -> tuple[str, int, int]:
         groups, outputs, inputs = layer.shape
-        state = self.state.get(layer.weight, {})
-        terms = 2 if SECOND[0] in state else 1
+        terms = 1 if self._group_of()[id(layer.weight)]["method"] == "kpsvd" else 2
         return f"{terms} x ({inputs}x{inputs}, {outputs}x{outputs})", 2 * terms * groups, max(outputs, inputs)
 
 

@@ -81,7 +81,8 @@ def whitened(
 
 
 def inverses(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Of each the inverse and, by group, whether it is one: a matrix that is not positive definite has none."""
+    """Of each the inverse and, by group, whether it is one: a matrix that is not positive definite, in float64 if need
+    be, has none."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
     alike: dict[tuple, list[int]] = {}
     for i, matrix in enumerate(matrices):
@@ -89,25 +90,36 @@ def inverses(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     for (size, _, _), members in alike.items():
         stacked = torch.cat([matrices[i] for i in members])
         inverse, good = (_by_kernels if size <= KERNEL_SIZE else _by_linalg)(stacked)
+        if stacked.dtype != torch.float64 and not bool(good.all()):  # digits may do
+            exact, good = _by_linalg(stacked.double())
+            inverse = exact.to(stacked.dtype)
+            good = good & inverse.isfinite().all(2).all(1)
         counts = [len(matrices[i]) for i in members]
         found |= dict(zip(members, zip(inverse.split(counts), good.split(counts), strict=True), strict=True))
     return [found[i] for i in range(len(matrices))]
 
 
-def update_inverses(states: Sequence[dict], dampings: Sequence[dict[str, Tensor]]) -> None:
+def update_inverses(states: Sequence[dict], dampings: Sequence[dict[str, Tensor]]) -> list[dict]:
     """Of matrices of each state, damped by name, under their names and "_inverse"; the old one stays where there is no
-    new one (zero at first)."""
+    new one. Returns the states that keep some old one, or still have none."""
     matrices = [
         damped(state[name], lam)
         for state, by_name in zip(states, dampings, strict=True)
         for name, lam in by_name.items()
     ]
     found = iter(inverses(matrices))
+    failed = []
     for state, by_name in zip(states, dampings, strict=True):
-        for name in by_name:
-            inverse, good = next(found)
-            old = state.get(f"{name}_inverse", torch.zeros_like(inverse))
-            state[f"{name}_inverse"] = torch.where(good[:, None, None], inverse, old)
+        new = {f"{name}_inverse": next(found) for name in by_name}
+        complete = all(bool(good.all()) for _, good in new.values())
+        if not complete:
+            failed.append(state)
+        if complete or new.keys() <= state.keys():
+            state |= {
+                name: torch.where(good[:, None, None], inverse, state.get(name, inverse))
+                for name, (inverse, good) in new.items()
+            }
+    return failed
 
 
 def _by_kernels(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,16 +7,16 @@ other tensor its gradient; the KL clip; weight decay and momentum as in SGD.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .affine import Affine, Rows, affine_layers
-from .capture import Capture, hook
-from .model_optimizer import ModelOptimizer
-from .sampling import Residual, residual_of
+from .capture import hook
+from .model_optimizer import ModelOptimizer, flag
+from .sampling import Residual, drawn, residual_of
 
 EARLY = 20  # steps in which every update of the statistics is followed at once (Ren & Goldfarb's K-FAC)
 
@@ -32,8 +32,9 @@ class LayerwiseOptimizer(ModelOptimizer):
             factor_interval.
         distribution: None: the statistics are those of the loss, the empirical Fisher matrix. "categorical" (over the
             last dimension), "bernoulli" or "gaussian": of targets drawn from the outputs, the Fisher matrix; a second
-            backward pass inside the model's forward, where statistics are due. Or a function of the outputs, the
-            gradient of -log p(y | outputs) for drawn y, of every sample alone.
+            backward pass inside the model's forward, where statistics are due. Or a function of the outputs: the
+            gradient of -log p(y | outputs) for drawn y, of every sample alone; of a model that returns a tuple or a
+            dictionary such a one, with None for what nothing is drawn from.
         mean_loss: whether the loss is a mean over the samples of all that is accumulated, or their sum.
         grad_scaler: what scales the loss under autocast.
     """
@@ -48,10 +49,9 @@ class LayerwiseOptimizer(ModelOptimizer):
         grad_scaler: torch.amp.GradScaler | None,
     ):
         super().__init__(model, defaults, groups)
+        flag(self._title, "mean_loss", mean_loss)
         self._residual = None if distribution is None else residual_of(self._title, distribution)
         self._mean_loss, self._grad_scaler = mean_loss, grad_scaler
-        self._layers = affine_layers(model, self._group_of().keys())
-        self._capture = Capture(model, [layer.module for layer in self._layers])
         self._capture.recording = self._residual is None
         if self._residual is not None:
             hook(self, model.register_forward_hook, self._draw)
@@ -68,7 +68,6 @@ class LayerwiseOptimizer(ModelOptimizer):
         for group in self.param_groups:
             self._move(group, directions)
             group["step"] += 1
-        self._capture.active = any(self._due(group, "update_interval") for group in self.param_groups)
         return loss
 
     # ------------------------------------------------------------------ what makes a method
@@ -92,18 +91,20 @@ class LayerwiseOptimizer(ModelOptimizer):
         changed = []
         self._capture.drop_unanswered()
         for layer in layers:
-            group, uses = groups[id(layer)], self._capture.uses(layer.module)
-            if uses and self._due(group, "update_interval"):
+            if uses := self._uses(layer):
                 rows = layer.rows(uses, self._mean_loss and self._residual is None)
-                self._observe(layer, self._unscaled(rows), self.state[layer.weight], group)
+                self._observe(layer, self._unscaled(rows), self.state[layer.weight], groups[id(layer)])
+                self._capture.forget(layer.module)
                 changed.append(layer)
-                uses.clear()
         self._capture.clear()
         refreshed = [
             layer
             for layer in layers
             if self._due(groups[id(layer)], "factor_interval")
-            or (layer in changed and groups[id(layer)]["step"] <= EARLY)
+            or (
+                layer in changed
+                and (groups[id(layer)]["step"] <= EARLY or self.state[layer.weight].get("updates") == 1)
+            )
         ]
         self._refresh([layer for layer in refreshed if layer.weight in self.state], groups)
 
@@ -135,11 +136,11 @@ class LayerwiseOptimizer(ModelOptimizer):
     def _clips(
         self, gradients: dict[Affine, Tensor], directions: dict[Affine, Tensor], groups: dict[int, dict]
     ) -> dict[int, Tensor]:
-        """nu, by layer with a clip."""
+        """nu, by layer with a clip. What is not finite in a layer is left to that layer."""
         products = [(u * gradients[layer]).sum() * groups[id(layer)]["lr"] ** 2 for layer, u in directions.items()]
         if not products:
             return {}
-        total = torch.stack(products).sum().abs()
+        total = torch.stack([torch.where(product.isfinite(), product, 0.0) for product in products]).sum().abs()
         kappas = {id(layer): groups[id(layer)]["kl_clip"] for layer in directions}
         return {key: (kappa / total).sqrt().clamp(max=1.0) for key, kappa in kappas.items() if kappa is not None}
 
@@ -160,15 +161,26 @@ class LayerwiseOptimizer(ModelOptimizer):
             moves = buffers
         torch._foreach_add_(params, moves, alpha=-group["lr"])
 
-    def _draw(self, module: nn.Module, args: tuple, outputs: Tensor) -> None:
+    def _draw(self, module: nn.Module, args: tuple, outputs: object) -> None:
         """The backward pass of drawn targets, from the model's forward hook."""
-        if not (self._capture.active and module.training and torch.is_grad_enabled() and outputs.requires_grad):
+        called = [self._layer_of[module] for module in self._capture.called]
+        layers = [layer for layer in called if layer.weight.requires_grad]
+        if not (layers and module.training and torch.is_grad_enabled()):
             return
-        if not bool(outputs.isfinite().all()):  # no distribution to draw from
+        with torch.no_grad():
+            pairs = drawn(self._title, self._residual, outputs)
+        if not pairs:
             return
-        weights = [layer.weight for layer in self._layers if layer.weight.requires_grad]
-        with torch.no_grad():  # a draw in half precision would be a coarse one
-            exact = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
-            residual = self._residual(exact).to(outputs.dtype)
-        with self._capture.before_loss(outputs):
-            torch.autograd.grad(outputs, weights, residual, retain_graph=True, allow_unused=True)
+        reached, residuals = zip(*pairs, strict=True)
+        with self._capture.before_loss(reached):
+            weights = [layer.weight for layer in layers]
+            found = torch.autograd.grad(reached, weights, residuals, retain_graph=True, allow_unused=True)
+        for layer, gradient in zip(layers, found, strict=True):
+            if gradient is None:  # it waits until statistics are due again
+                self._skip(self.state[layer.weight])
+
+    def _awaited(self, state: dict) -> bool:
+        return super()._awaited(state) and (self._residual is None or "skipped" not in state)
+
+    def _known_layers(self, trained: Container[int] | None) -> list[Affine]:
+        return affine_layers(self._model, trained)

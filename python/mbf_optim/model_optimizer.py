@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .affine import ModuleLayer
-from .capture import Capture
+from .capture import Capture, Use
 from .report import Report, Row
 
 
 class ModelOptimizer(Optimizer):
-    """A subclass sets ``_layers``, each with ``module``, ``weight``, ``bias`` or None and ``params``, and ``_capture``
-    of their modules. Statistics of a layer are in ``self.state[layer.weight]``, with the number of their "updates" and
-    of those "skipped". Every group counts its steps in "step".
+    """Statistics of a layer are in ``self.state[layer.weight]``, with the number of their "updates" and of those
+    "skipped". Every group counts its steps in "step".
 
     Args:
         model: its parameters are stepped.
@@ -27,16 +26,28 @@ class ModelOptimizer(Optimizer):
         groups: param groups of parameters of the model; None: one of all.
     """
 
-    _layers: list[ModuleLayer]
-    _capture: Capture
+    _layers: list[ModuleLayer]  # of the parameters that are stepped
+    _like_parameters = ("momentum_buffer",)  # names in the state; all other tensors there are statistics
 
     def __init__(self, model: nn.Module, defaults: dict[str, Any], groups: Iterable[dict] | None):
         self._title, self._model = type(self).__name__, model
-        super().__init__([{"params": list(model.parameters())}] if groups is None else groups, defaults | {"step": 0})
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{self._title}: expected model to be a torch.nn.Module, got {type(model).__name__}")
+        params = list(model.parameters())
+        if not params:
+            raise ValueError(f"{self._title}: expected a model with parameters")
+        self._loaded = False  # a state, and not stepped since
+        super().__init__([{"params": params}] if groups is None else groups, defaults | {"step": 0})
+        self._capture = Capture(model, [layer.module for layer in self._known_layers(None)], self._wants)
 
     @abstractmethod
     def _check(self, options: dict) -> None:
         """Raises ValueError or TypeError for an option out of its range."""
+
+    @abstractmethod
+    def _known_layers(self, trained: Container[int] | None) -> list[ModuleLayer]:
+        """Of the model, those that the method looks at. ``trained``: the ids of the parameters that count; None: all,
+        frozen or not."""
 
     @abstractmethod
     def _structure(self, layer: ModuleLayer) -> tuple[str, int, int]:
@@ -49,6 +60,9 @@ class ModelOptimizer(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._layers = self._known_layers(self._group_of().keys())
+        self._layer_of = {layer.module: layer for layer in self._layers}
+        self._place_of = {id(p): place for place, group in enumerate(self.param_groups) for p in group["params"]}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -68,14 +82,50 @@ class ModelOptimizer(Optimizer):
         )
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As in torch, but statistics keep their own dtypes."""
+        """As in torch, but statistics keep their own dtypes; the next step computes in that of the layer. Raises
+        ValueError for a state of another method or of tensors of other shapes, and changes nothing then."""
+        self._check_state(state_dict)
         super().load_state_dict(state_dict)
-        saved_params = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for index, param in zip(saved_params, params, strict=True):
+        self._capture.clear()
+        for index, param in self._saved_params(state_dict):
             for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and value.dtype != self.state[param][name].dtype:
+                if isinstance(value, Tensor) and name not in self._like_parameters:
                     self.state[param][name] = value.to(param.device, copy=True)
+        self._loaded = True
+
+    def _conform(self) -> None:
+        """Statistics of a model in another dtype to what this one's are computed in."""
+        for layer in self._layers:
+            state = self.state.get(layer.weight, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and name not in self._like_parameters:
+                    state[name] = value.to(layer.dtype)
+        self._loaded = False
+
+    def _saved_params(self, state_dict: dict) -> list[tuple[int, Tensor]]:
+        """The parameters with their numbers in a state."""
+        numbers = [index for group in state_dict["param_groups"] for index in group["params"]]
+        return list(zip(numbers, (p for group in self.param_groups for p in group["params"]), strict=False))
+
+    def _check_state(self, state_dict: dict) -> None:
+        for group in state_dict["param_groups"]:
+            if absent := self.defaults.keys() - group.keys():
+                raise ValueError(f"{self._title}: expected a state with {', '.join(sorted(absent))} in every group")
+        layers = {id(layer.weight): layer for layer in self._layers}
+        for index, param in self._saved_params(state_dict):
+            expected = dict.fromkeys(self._like_parameters, tuple(param.shape))
+            if id(param) in layers:
+                expected |= self._shapes(layers[id(param)])
+            for name, value in state_dict["state"].get(index, {}).items():
+                if name in expected and tuple(value.shape) != expected[name]:
+                    raise ValueError(
+                        f"{self._title}: expected {name} of parameter {index} in the state to have shape "
+                        f"{expected[name]}, got {tuple(value.shape)}"
+                    )
+
+    @abstractmethod
+    def _shapes(self, layer: ModuleLayer) -> dict[str, tuple[int, ...]]:
+        """Of some of the statistics, by name."""
 
     def __getstate__(self) -> dict:
         raise TypeError(f"{self._title}: cannot be copied or pickled, it hangs on a model's modules; save state_dict()")
@@ -88,6 +138,30 @@ class ModelOptimizer(Optimizer):
     def _due(group: dict, interval: str) -> bool:
         return group["step"] % group[interval] == 0
 
+    def _wants(self, module: nn.Module) -> bool:
+        """Whether statistics of a module's layer are due in this step: also where there are none yet."""
+        layer = self._layer_of.get(module)
+        if layer is None:
+            return False
+        group = self.param_groups[self._place_of[id(layer.weight)]]
+        return self._due(group, "update_interval") or self._awaited(self.state.get(layer.weight, {}))
+
+    def _awaited(self, state: dict) -> bool:
+        return "updates" not in state
+
+    def _uses(self, layer: ModuleLayer) -> list[Use]:
+        """Of the layer in this step; none, which is counted, if its inputs have been overwritten since or are not what
+        its class expects."""
+        uses = self._capture.uses(layer.module)
+        if all(layer.fits(use) and not use.overwritten for use in uses):
+            return uses
+        self._skip(self.state[layer.weight])
+        return []
+
+    @staticmethod
+    def _skip(state: dict, times: int = 1) -> None:
+        state["skipped"] = state.get("skipped", 0) + times
+
     def _evaluated(self, closure: Callable[[], float] | None) -> float | None:
         """The closure's loss, if there is one, with gradients that are dense from here on."""
         loss = None
@@ -95,6 +169,8 @@ class ModelOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_sparse()
+        if self._loaded:
+            self._conform()
         return loss
 
     def _refuse_sparse(self) -> None:
@@ -126,17 +202,20 @@ def check_range(title: str, options: dict) -> None:
         number(title, name, options[name], 0, math.inf)
     number(title, "momentum", options["momentum"], 0, 1)
     if options["kl_clip"] is not None:
-        number(title, "kl_clip", options["kl_clip"], 0, math.inf)
+        positive(title, "kl_clip", options["kl_clip"])
     for name in ("update_interval", "factor_interval"):
         count(title, name, options[name])
 
 
 def number(title: str, name: str, value: object, least: float, below: float) -> None:
     """Raises for what is not in [least, below)."""
+    wrong = TypeError(f"{title}: expected {name} to be a number, got {value!r}")
+    if isinstance(value, str):
+        raise wrong
     try:
         good = least <= float(value) < below
     except (TypeError, ValueError):
-        raise TypeError(f"{title}: expected {name} to be a number, got {value!r}") from None
+        raise wrong from None
     if not good:
         raise ValueError(f"{title}: expected {name} in [{least}, {below}), got {value!r}")
 
@@ -146,6 +225,18 @@ def positive(title: str, name: str, value: object) -> None:
     number(title, name, value, 0, math.inf)
     if value == 0:
         raise ValueError(f"{title}: expected {name} > 0, got {value!r}")
+
+
+def one_of(title: str, name: str, value: object, known: Iterable[str]) -> None:
+    """Raises for what is not among the known."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{title}: expected {name} to be one of {', '.join(known)}, got {value!r}")
+
+
+def flag(title: str, name: str, value: object) -> None:
+    """Raises for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{title}: expected {name} to be True or False, got {value!r}")
 
 
 def count(title: str, name: str, value: object) -> None:

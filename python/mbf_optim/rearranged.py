@@ -35,10 +35,12 @@ class Rearranged:
     Args:
         rows: of the layer.
         iterations: that are expected, each a product with Z and one with Z^T.
+        seed: of random vectors, which draw from no generator of torch's own.
     """
 
-    def __init__(self, rows: Rows, iterations: int):
-        self.left, self.right = (_space(part, iterations) for part in rows[:2])
+    def __init__(self, rows: Rows, iterations: int, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        self.left, self.right = (_space(part, iterations, generator) for part in rows[:2])
         self._samples, self._locations = len(rows.inputs), rows.locations
         self._deflated: tuple[Pair, ...] = ()
 
@@ -86,9 +88,9 @@ def unit(x: Tensor) -> Tensor:
     return torch.where(length == 0, 0.0, x / length)
 
 
-def _space(rows: Tensor, iterations: int) -> Space:
+def _space(rows: Tensor, iterations: int, generator: torch.Generator) -> Space:
     """By the fewer operations: an iteration on matrices takes 4 m n^2; on samples m^2, once their products and the
     decomposition, 2 m^2 n + m^3 / 3, in float64 that count twice, are there."""
     m, locations, _, n = rows.shape
     few = locations == 1 and m * (n + m / 6) <= iterations * n**2
-    return (Samples if few else Matrices)(rows.permute(2, 0, 1, 3).contiguous())
+    return (Samples if few else Matrices)(rows.permute(2, 0, 1, 3).contiguous(), generator)

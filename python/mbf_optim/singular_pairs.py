@@ -45,7 +45,7 @@ def _ritz(z: Rearranged, basis: Sequence[Tensor], dimensions: int) -> tuple[list
     for i in range(dimensions):
         images.append(z.times(vs[i]))
         if i + 1 == len(vs) < dimensions:
-            vs.append(_next(z, z.transposed_times(images[i]), vs))
+            vs.append(_next(z, z.transposed_times(unit(images[i])), vs))
     us: list[Tensor] = []
     for image in images:
         us.append(_orthogonal(image, us, torch.zeros_like(image)))

@@ -17,6 +17,13 @@ CHUNK = 2**24  # weights that are held at once
 
 
 class Space(ABC):
+    def __init__(self, generator: torch.Generator):
+        """``generator``: on the CPU, of what is random."""
+        self._generator = generator
+
+    def _random_like(self, tensor: Tensor) -> Tensor:
+        return torch.rand(tensor.shape, generator=self._generator, dtype=tensor.dtype).to(tensor.device)
+
     @abstractmethod
     def forms(self, vector: Tensor) -> Iterator[Tensor]:
         """x_t^T X x_t' of every sample, [groups, m, T, T]: some samples at a time."""
@@ -45,7 +52,8 @@ class Space(ABC):
 class Matrices(Space):
     """A vector is its matrix."""
 
-    def __init__(self, rows: Tensor):
+    def __init__(self, rows: Tensor, generator: torch.Generator):
+        super().__init__(generator)
         groups, _, locations, _ = rows.shape
         self._rows = rows
         self._parts = rows.split(max(1, CHUNK // (groups * locations**2)), 1)
@@ -62,7 +70,7 @@ class Matrices(Space):
         return symmetric_product(columns, columns)
 
     def random(self) -> Tensor:
-        root = torch.rand_like(self._rows[:, 0, :1])
+        root = self._random_like(self._rows[:, 0, :1])
         return root.mT @ root
 
     def vector(self, matrix: Tensor) -> Tensor:
@@ -81,7 +89,8 @@ class Samples(Space):
     that matrix has the length sqrt(e).
     """
 
-    def __init__(self, rows: Tensor):
+    def __init__(self, rows: Tensor, generator: torch.Generator):
+        super().__init__(generator)
         wide = rows[:, :, 0].double()
         longest = wide.norm(dim=2).amax(1)[:, None, None].clamp_min(torch.finfo(rows.dtype).tiny)
         wide = wide / longest
@@ -102,7 +111,7 @@ class Samples(Space):
         return self.combination([torch.ones_like(self._rows[..., :1])])
 
     def random(self) -> Tensor:
-        return self.combination([torch.rand_like(self._rows[..., :1])])
+        return self.combination([self._random_like(self._rows[..., :1])])
 
     def vector(self, matrix: Tensor) -> Tensor:
         rows = self._rows[:, :, 0]

@@ -14,7 +14,7 @@ from mbf_kernels import SymmetricBlocks, factor, solve
 
 from .affine import Affine, Rows
 from .kfac import KFAC
-from .model_optimizer import number
+from .model_optimizer import number, one_of
 from .sample_gradients import NAMES, Factored, Whole, kept, sample_gradients
 
 FORMS = ("multiplicative", "additive")
@@ -42,10 +42,12 @@ class TwoLevelKFAC(KFAC):
         coarse: for the multiplicative form. "nicolaides": r = 1; "spectral": the eigenvector of the smallest eigenvalue
             of A (x) G; "krylov": 1 and K-FAC^-1 1; "residual": K-FAC^-1 (grad - F zeta); "krylov_residual": that, and
             K-FAC^-1 of it. Each is divided by its largest element.
-        weight: w >= 0. With 0 it is K-FAC.
+        weight: w >= 0. With 0 it is K-FAC. A move of all weights of a layer by the same number, as ones make, kills
+            ReLUs: networks of those want 0.01 or less (the second authors tune it to 0.1 to 1e-4).
 
-    All layers with as many samples as the first take part. The last update's inputs and output gradients, or the
-    gradients of its samples, stay in memory.
+    These three are the same in all groups. All layers take part that had their last update in the same step as the
+    latest, with as many samples. That update's inputs and output gradients, or the gradients of its samples, stay in
+    memory.
 
     Sources: N. Tselepidis, J. Kohler, A. Orvieto, "Two-Level K-FAC Preconditioning for Deep Learning", 2020 (additive);
     A. Koroko and others, "Analysis and Comparison of Two-Level KFAC Methods for Training Deep Neural Networks", 2023.
@@ -74,10 +76,13 @@ class TwoLevelKFAC(KFAC):
     def _check(self, options: dict) -> None:
         super()._check(options)
         number(self._title, "weight", options["weight"], 0, math.inf)
-        for name, known in (("form", FORMS), ("coarse", SPACES)):
-            if options[name] not in known:
+        one_of(self._title, "form", options["form"], FORMS)
+        one_of(self._title, "coarse", options["coarse"], SPACES)
+        for name in self._own:
+            if options[name] != self.param_groups[0][name]:
                 raise ValueError(
-                    f"{self._title}: expected {name} to be one of {', '.join(known)}, got {options[name]!r}"
+                    f"{self._title}: expected {name} to be the same in all groups, "
+                    f"got {self.param_groups[0][name]!r} and {options[name]!r}"
                 )
         if options["coarse"] == "spectral" and options["spatially_uncorrelated"]:  # many eigenvectors are the lowest
             raise ValueError(f"{self._title}: expected coarse other than 'spectral' with spatially_uncorrelated")
@@ -89,9 +94,11 @@ class TwoLevelKFAC(KFAC):
             for name in NAMES:
                 state.pop(name, None)
             state |= kept(rows) | {name: part.sum(3) for name, part in zip(SUMS, rows, strict=False)}
+            state["sampled"] = self.param_groups[0]["step"]
 
     def _coupled(self, gradients: Vectors, directions: Vectors, groups: dict[int, dict]) -> Vectors:
         together, options = self._together(directions), self.param_groups[0]
+        self.energy_change = None
         if not together or not options["weight"]:
             return directions
         zeta, gradient = ({layer: vectors[layer] for layer in together} for vectors in (directions, gradients))
@@ -106,7 +113,6 @@ class TwoLevelKFAC(KFAC):
         moves = coarse.combination(options["weight"] * beta)
         corrected = {layer: vector + moves[layer] for layer, vector in zeta.items()}
         good = good & (sum((corrected[layer] * gradient[layer]).sum() for layer in together) > 0)
-        self.energy_change = None
         if options["form"] == "multiplicative":
             drop = (2 * options["weight"] - options["weight"] ** 2) * (beta @ coarse.matrix @ beta)
             self.energy_change = torch.where(good, -drop, 0.0)
@@ -141,11 +147,12 @@ class TwoLevelKFAC(KFAC):
         return self._last[2]
 
     def _together(self, directions: Vectors) -> list[Affine]:
-        """Layers that have seen the same samples."""
-        samples = {
-            layer: len(self.state[layer.weight][SUMS[0]]) for layer in directions if SUMS[0] in self.state[layer.weight]
-        }
-        return [layer for layer, count in samples.items() if count == next(iter(samples.values()))]
+        """Layers that have seen the same samples, the last ones."""
+        states = {layer: self.state[layer.weight] for layer in directions if SUMS[0] in self.state[layer.weight]}
+        seen = {layer: (state["sampled"], len(state[SUMS[0]])) for layer, state in states.items()}
+        latest = max((step for step, _ in seen.values()), default=0)
+        counts = [count for step, count in seen.values() if step == latest]
+        return [layer for layer, place in seen.items() if place == (latest, counts[0])]
 
     def _space(self, name: str, residual: Vectors, groups: dict[int, dict]) -> Vectors:
         """R0: [vectors, groups, q, p] by layer."""
@@ -208,18 +215,26 @@ class Fisher:
 
 
 def between_layers(sums: dict[Affine, Sequence[Tensor]], damping: dict[Affine, float]) -> Tensor:
-    """sum(A_ij) sum(G_ij) + lambda I, groups of a layer summed, of sums over inputs and over outputs [m, T, groups]."""
-    matrix = torch.stack([torch.stack([_product(i, j) for j in sums.values()]) for i in sums.values()])
+    """sum(A_ij) sum(G_ij) + lambda I, groups of a layer summed, of sums over inputs and over outputs [m, T, groups].
+    Locations are pooled to the fewer of both layers."""
+    parts, first = list(sums.values()), next(iter(sums.values()))[0]
+    matrix = first.new_empty(len(parts), len(parts))
+    for locations in sorted({inputs.shape[1] for inputs, _ in parts}):  # pairs with more of them are overwritten
+        able = [place for place, (inputs, _) in enumerate(parts) if inputs.shape[1] >= locations]
+        block = _products([parts[place] for place in able], locations)
+        matrix[torch.tensor(able)[:, None], torch.tensor(able)] = block
     return matrix + torch.tensor(list(damping.values()), dtype=matrix.dtype, device=matrix.device).diag()
 
 
-def _product(i: Sequence[Tensor], j: Sequence[Tensor]) -> Tensor:
-    """sum over groups of sum(A_ij) sum(G_ij), locations pooled to the fewer of both."""
-    samples, locations = len(i[0]), min(i[0].shape[1], j[0].shape[1])
-    inputs, gradients = (
-        torch.einsum("mtg,mth->gh", *(_pooled(part, locations) for part in parts)) for parts in zip(i, j, strict=True)
-    )
-    return (inputs * gradients).sum() / (samples**2 * locations)
+def _products(parts: Sequence[Sequence[Tensor]], locations: int) -> Tensor:
+    """Of all pairs of layers, pooled to so many locations."""
+    owners = torch.tensor([place for place, (inputs, _) in enumerate(parts) for _ in range(inputs.shape[2])])
+    grams = []
+    for sums in zip(*parts, strict=True):
+        columns = torch.cat([_pooled(part, locations) for part in sums], 2).flatten(0, 1)
+        grams.append(columns.T @ columns)
+    belongs = functional.one_hot(owners).to(grams[0])  # [groups of all layers, layers]
+    return belongs.T @ (grams[0] * grams[1]) @ belongs / (len(parts[0][0]) ** 2 * locations)
 
 
 def _pooled(sums: Tensor, locations: int) -> Tensor:
@@ -228,10 +243,19 @@ def _pooled(sums: Tensor, locations: int) -> Tensor:
 
 
 def _solved(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """And whether it could be solved."""
-    lower, info = factor(SymmetricBlocks.from_dense(matrix[None]), damping=0.0)
-    solution = solve(lower, right[None])[0]
-    good = (info[0] == 0) & solution.isfinite().all()
+    """And whether it could be solved. Vectors of R0 may be zero or depend on each other: then it is singular, and any
+    solution does."""
+    lengths = matrix.diagonal().sqrt()
+    scale = torch.where(lengths > 0, 1 / lengths, 0.0)
+    scaled = scale[:, None] * matrix * scale + torch.diag_embed((scale == 0).to(matrix.dtype))
+    lower, info = factor(SymmetricBlocks.from_dense(scaled[None]), damping=0.0)
+    pivots = lower.to_dense()[0].diagonal().square()
+    if bool((info[0] == 0) & (pivots.amin() > 1000 * len(matrix) * torch.finfo(matrix.dtype).eps)):
+        solution = solve(lower, (scale * right)[None])[0]
+    else:
+        solution = torch.linalg.pinv(scaled.nan_to_num(), hermitian=True) @ (scale * right)
+    solution = scale * solution
+    good = solution.isfinite().all() & matrix.isfinite().all()
     return torch.where(good, solution, 0.0), good
 
 
