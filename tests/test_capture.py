@@ -11,6 +11,7 @@ from mbf_optim.affine import affine_layers
 from mbf_optim.capture import Capture
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from mbf_kernels.testing import randn
@@ -259,3 +260,181 @@ def test_hooks_bind_neither_the_model_nor_its_copies():
     del capture
     gc.collect()
     assert not model._forward_pre_hooks and not model[0]._forward_hooks
+
+
+# ---- what reaches the weights, and what does not
+
+
+def recorded(backward, inputs=None):
+    """Rows of a linear layer's samples after ``backward(model, inputs)``, and the gradients that they should be of."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    inputs = randn(5, 4, dtype=torch.float64) if inputs is None else inputs
+    layers, capture = watched(model)
+    backward(model, inputs)
+    for layer in layers:
+        rows = layer.rows(capture.uses(layer.module), True)
+        actual = torch.einsum("mtgq,mtgp->gqp", rows.gradients, rows.inputs) / len(rows.inputs)
+        yield rows, actual, layer.joined(*[param.grad for param in layer.params])
+
+
+def two_losses(model, inputs):
+    outputs = model(inputs)
+    loss_of(outputs).backward(retain_graph=True)
+    outputs.square().sum(1).mean().backward()
+
+
+def side_gradients(model, inputs):
+    """Of another batch, of the same pass for a penalty's sake, and a backward pass whose result is dropped."""
+    attacked = inputs.clone().requires_grad_()
+    torch.autograd.grad(loss_of(model(attacked)), attacked)
+    loss_of(model(inputs)).backward()
+    model.zero_grad()
+    outputs = model(attacked)
+    (slope,) = torch.autograd.grad(outputs.sum(), attacked, create_graph=True)
+    torch.autograd.grad(slope.square().sum(), model[0].weight, retain_graph=True)
+    loss_of(outputs).backward()
+
+
+def gradients_by_hand(model, inputs):
+    params = list(model.parameters())
+    for param, gradient in zip(params, torch.autograd.grad(loss_of(model(inputs)), params), strict=True):
+        param.grad = gradient
+
+
+@pytest.mark.parametrize("backward", [two_losses, side_gradients, gradients_by_hand])
+def test_rows_are_of_what_reached_the_weights(backward):
+    """Samples, not uses: two losses of one pass are one loss."""
+    for rows, actual, expected in recorded(backward):
+        assert rows.locations == 1 and len(rows.inputs) == 5
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_parts_of_a_model_may_be_called_by_themselves():
+    """Two batches in turn are no two locations of the same samples."""
+
+    def apart(model, inputs):
+        for part in inputs.split([2, 3]):
+            outputs = model[2](torch.tanh(model[0](part)))
+            (loss_of(outputs) * len(part) / len(inputs)).backward()
+
+    for rows, actual, expected in recorded(apart):
+        assert rows.locations == 1 and len(rows.inputs) == 5
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_call_without_samples_is_none():
+    """Of a part of a batch, or of an expert that is not asked."""
+
+    def halves(model, inputs):
+        for part in (inputs[:0], inputs):
+            model(part).square().sum(1).sum().div(len(inputs)).backward()
+
+    for rows, actual, expected in recorded(halves):
+        assert len(rows.inputs) == 5
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+    for model, shape in ((nn.Conv2d(2, 3, 2), (0, 2, 4, 4)), (nn.Linear(3, 0), (2, 3)), (nn.Linear(0, 3), (2, 0))):
+        (layer,), capture = watched(model)
+        model(torch.zeros(shape)).sum().backward()
+        assert capture.uses(layer.module) == []
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class Frozen(nn.Linear):
+    @torch.no_grad()
+    def forward(self, input):
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("kind", [Pair, Frozen])
+def test_outputs_that_no_gradient_comes_back_to_as_a_tensor(kind):
+    model = kind(3, 2)
+    _, capture = watched(model)
+    model(torch.ones(4, 3))
+    assert capture.uses(model) == []
+
+
+def test_transforms_of_torch_func_are_let_be():
+    model, inputs = nn.Sequential(nn.Linear(3, 3)).double(), randn(4, 3, dtype=torch.float64)
+    expected = model(inputs).detach()
+    _, capture = watched(model)
+    torch.testing.assert_close(vmap(model)(inputs).detach(), expected)
+    torch.func.jvp(model, (inputs,), (inputs,))
+    params = {name: param.detach() for name, param in model.named_parameters()}
+    grad(lambda params: functional_call(model, params, (inputs,)).sum())(params)
+    assert capture.uses(model[0]) == []
+
+
+class CausalConv1d(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (self.kernel_size[0] - 1, 0)))
+
+
+class TimeLast(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).mT
+
+
+def test_a_subclass_that_does_something_else_does_not_fit():
+    for model, shape, fits in (
+        (CausalConv1d(2, 3, 3), (4, 2, 6), False), (TimeLast(3, 2), (4, 5, 3), False),
+        (nn.Conv1d(2, 3, 3, stride=2), (2, 6), True), (nn.Linear(3, 2), (3,), True),
+    ):  # fmt: skip
+        (layer,), capture = watched(model)
+        model(torch.ones(shape)).sum().backward()
+        assert [layer.fits(use) for use in capture.uses(model)] == [fits]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_layer_fits(layer):
+    make, shape = LAYERS[layer]
+    (known,), capture = watched(model := make())
+    model(randn(*shape, dtype=torch.float32)).sum().backward()
+    assert [known.fits(use) for use in capture.uses(model)] == [True]
+
+
+def test_inputs_that_are_overwritten():
+    """Before the statistics are made of them; under autocast a copy is kept."""
+    model = nn.Linear(3, 3)
+    _, capture = watched(model)
+    buffer = torch.ones(4, 3)
+    model(buffer).sum().backward()
+    (use,) = capture.uses(model)
+    assert not use.overwritten
+    buffer.add_(1)
+    assert use.overwritten
+    capture.clear()
+    x = torch.ones(4, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+        x += y
+    x.sum().backward()
+    (use,) = capture.uses(model)
+    assert not use.overwritten and use.inputs.eq(1).all()
+
+
+def test_a_users_hook_that_changes_the_output():
+    model = nn.Sequential(nn.Linear(3, 2)).double()
+    model[0].register_forward_hook(lambda module, args, output: 10 * output)
+    (layer,), capture = watched(model)
+    model(randn(4, 3, dtype=torch.float64)).sum().backward()
+    (use,) = capture.uses(layer.module)
+    assert use.gradients.eq(10).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda layer: nn.utils.parametrizations.weight_norm(layer),
+        lambda layer: nn.utils.parametrizations.spectral_norm(layer),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["weight_norm", "spectral_norm", "pruned"],
+)
+def test_a_weight_that_is_made_of_others_is_no_layers(make):
+    model = nn.Sequential(make(nn.Linear(4, 3)), nn.Linear(3, 2))
+    assert [layer.name for layer in affine_layers(model)] == ["1"]

@@ -433,3 +433,83 @@ BAD = {"method": "svd", "inverse": "both", "floor": 0.0, "tolerance": float("nan
 def test_bad_options_are_refused(name):
     with pytest.raises(ValueError, match=f"^KPSVD: expected {name} "):
         KPSVD(nn.Linear(2, 2), **{name: BAD[name]})
+
+
+# ---- what a warm start could miss
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_curvature_comes_back_after_a_batch_without(method):
+    """A head of zeros at first: no gradient reaches the layer before it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    nn.init.zeros_(model[2].weight)
+    optimizer = KPSVD(model, lr=0.1, method=method, update_interval=1, factor_interval=1, kl_clip=None)
+    for t in range(10):
+        optimizer.zero_grad()
+        outputs = model(randn(16, 5, dtype=torch.float64, seed=t))
+        nn.functional.cross_entropy(outputs, torch.arange(16) % 3).backward()
+        optimizer.step()
+    state = optimizer.state[model[0].weight]
+    assert all(state[name].norm() > 1e-4 for name in ("R", "S", "R2", "S2") if name in state)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_that_had_no_gradient_before_are_found(method):
+    """All on one output at first, then all on the other: the start is orthogonal to what there is."""
+    model = nn.Linear(4, 2, bias=False).double()
+    optimizer = KPSVD(model, lr=0.0, method=method, update_interval=1, decay=0.0)
+    for t in range(3):
+        optimizer.zero_grad()
+        outputs = model(randn(8, 4, dtype=torch.float64, seed=t))
+        (outputs[:, 1 if t else 0] * randn(8, dtype=torch.float64, seed=t)).mean().backward()
+        optimizer.step()
+    curvature = optimizer.state[model.weight]["S"][0].diagonal()
+    assert curvature[1] > 0.1 and curvature[0].abs() < 1e-4 * curvature[1]
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1.0, 1e4, 1e7])
+def test_lanczos_at_any_scale(scale):
+    """In float32, whose squares of squares of 1e-10 and 1e10 are out of range."""
+    rows = Rows(randn(64, 1, 1, 20, dtype=torch.float32), scale * randn(64, 1, 1, 10, dtype=torch.float32, seed=1), 1)
+    z = Rearranged(rows, 4)
+    products = []
+    times = z.times
+    z.times = lambda v: products.append(v) or times(v)
+    pairs = two_pairs(z, z.right.random(), 1e-3, 100, 8)
+    exact = Rearranged(Rows(rows.inputs.double(), rows.gradients.double() / scale, 1), 4)
+    first, sigma = top_pair(exact, exact.right.random(), 1e-10, 2000)
+    _, second = top_pair(exact.less(first), exact.right.random(), 1e-10, 2000, sigma)
+    for pair, expected in zip(pairs, (sigma, second), strict=True):
+        actual = (pair.left.double().norm() * pair.right.double().norm()) / scale**2
+        assert abs(actual - expected.item()) <= 2e-3 * sigma.item()
+    assert len(products) < 100
+
+
+def test_the_method_of_a_group_may_change():
+    """Averages start anew: K-FAC's A and G are not the factors of a singular pair."""
+    torch.manual_seed(0)
+    model, twin = (nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double() for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+
+    def step(model, optimizer, t):
+        optimizer.zero_grad()
+        model(randn(16, 5, dtype=torch.float64, seed=t)).sin().sum(1).mean().backward()
+        optimizer.step()
+
+    optimizer = KPSVD(model, lr=0.0, momentum=0.0, method="kfac_corrected", damping=0.1)
+    for t in range(30):
+        step(model, optimizer, t)
+    optimizer.param_groups[0] |= {"method": "kpsvd", "lr": 0.1}
+    step(model, optimizer, 30)
+    fresh = KPSVD(twin, lr=0.1, momentum=0.0, method="kpsvd", damping=0.1)
+    step(twin, fresh, 30)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert optimizer.state[model[0].weight].keys() == fresh.state[twin[0].weight].keys()
+
+
+def test_the_default_damping_is_that_of_a_groups_method():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "method": "lanczos"}]
+    assert [group["damping"] for group in KPSVD(model, groups=groups).param_groups] == [1e-2, 1e-1]

@@ -343,3 +343,117 @@ def test_nothing_is_kept_for_longer_than_it_holds(options):
 def test_bad_options_are_refused(bad):
     with pytest.raises(ValueError, match=f"^TwoLevelKFAC: expected {next(iter(bad))} "):
         TwoLevelKFAC(nn.Linear(2, 2), **bad)
+
+
+# ---- spaces that are not of full rank, and layers that do not belong together
+
+
+class Branches(nn.Module):
+    """A layer whose result does not count: its gradients are zero, and so is its part of residuals."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.dead, self.last = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)) + 0 * self.dead(x))
+
+
+@over_spaces
+def test_a_dead_layer_leaves_the_others_their_correction(coarse):
+    """The error falls by as much as without it: in its own part there is nothing to gain."""
+    torch.manual_seed(0)
+    model, inputs = Branches().double(), randn(8, 4, dtype=torch.float64)
+    alive = nn.Sequential(copy.deepcopy(model.first), nn.Tanh(), copy.deepcopy(model.last))
+    changes = []
+    for net in (model, alive):
+        _, optimizer = stepped(net, inputs, coarse=coarse)
+        changes.append(optimizer.energy_change)
+    assert changes[0] < -1e-5
+    torch.testing.assert_close(*changes, rtol=1e-9, atol=0)
+
+
+def test_vectors_that_depend_on_each_other():
+    """Outputs whose gradients add up to zero: G 1 = 0, so that with exact damping K-FAC^-1 1 = 1 / lambda in the last
+    layer. Then F_c is singular, and beta not unique; the error is."""
+
+    def loss(outputs):
+        return outputs[:, 0].sin() - outputs[:, 0].square() + (outputs[:, 1] - outputs[:, 0]).square()
+
+    def differences(outputs):  # adding the same to all outputs changes nothing
+        return loss(outputs - outputs[:, 2:])
+
+    torch.manual_seed(0)
+    model, inputs = (
+        nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double(),
+        randn(8, 4, dtype=torch.float64),
+    )
+    layers = affine_layers(model)
+    own = [own_gradients(model, layer, inputs, differences) for layer in layers]
+    columns = torch.stack([flat([part[n] for part in own]) for n in range(8)], 1)
+    fisher = columns @ columns.T / 8 + DAMPING * torch.eye(len(columns)).double()
+    gradient = columns.mean(1)
+    optimizer = TwoLevelKFAC(model, damping=DAMPING, coarse="krylov", damping_form="exact", **PLAIN)
+    differences(model(inputs)).mean().backward()
+    optimizer.step()
+    blocks = [
+        torch.kron(optimizer.state[layer.weight]["A"][0], optimizer.state[layer.weight]["G"][0]) for layer in layers
+    ]
+    blocks = [block + DAMPING * torch.eye(len(block)).double() for block in blocks]
+    ones = [torch.ones(len(block)).double() for block in blocks]
+    spans = [torch.stack([one, torch.linalg.solve(block, one)], 1) for block, one in zip(blocks, ones, strict=True)]
+    space = torch.block_diag(*spans).T
+    zeta = torch.linalg.solve(torch.block_diag(*blocks), gradient)
+    rest = space @ (gradient - fisher @ zeta)
+    matrix = space @ fisher @ space.T
+    assert torch.linalg.cond(matrix) > 1e12
+    expected = -rest @ torch.linalg.pinv(matrix, rtol=1e-12, hermitian=True) @ rest
+    assert expected < -1e-4
+    torch.testing.assert_close(optimizer.energy_change, expected, rtol=1e-6, atol=0)
+
+
+def test_layers_of_one_batch_only_are_looked_at_together():
+    """One layer's statistics are updated at every step, the other's at every second one: between them it is alone."""
+    model, inputs = made("linear")
+    groups = [
+        {"params": model[0].parameters(), "update_interval": 1, "factor_interval": 1},
+        {"params": [*model[2].parameters(), *model[4].parameters()], "update_interval": 2, "factor_interval": 2},
+    ]
+    optimizer = TwoLevelKFAC(model, groups=groups, lr=1e-3)
+    together = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(model(inputs)).mean().backward()
+        optimizer.step()
+        together.append([layer.name for layer in optimizer._together(dict.fromkeys(optimizer._layers))])
+    assert together == [["0", "2", "4"], ["0"], ["0", "2", "4"]]
+
+
+def test_the_energy_is_that_of_the_last_step():
+    model, inputs = made("linear")
+    _, optimizer = stepped(model, inputs)
+    assert optimizer.energy_change < 0
+    optimizer.param_groups[0]["weight"] = 0.0
+    loss_of(model(inputs)).mean().backward()
+    optimizer.step()
+    assert optimizer.energy_change is None
+
+
+def test_covariances_between_many_layers_are_those_of_pairs():
+    """Of layers with several groups and locations, pooled to the fewer of both."""
+    shapes = {"a": (6, 1), "b": (2, 3), "c": (6, 2), "d": (1, 1)}  # locations, groups
+    sums = {
+        name: [randn(5, *shape, dtype=torch.float64, seed=seed + 10 * i) for seed in (1, 2)]
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    matrix = between_layers(sums, dict.fromkeys(sums, DAMPING))
+    for i, one in enumerate(sums.values()):
+        for j, other in enumerate(sums.values()):
+            t = min(one[0].shape[1], other[0].shape[1])
+            parts = [[x.unflatten(1, (t, -1)).mean(2) for x in layer] for layer in (one, other)]
+            expected = DAMPING * (i == j)
+            for g in range(parts[0][0].shape[2]):
+                for h in range(parts[1][0].shape[2]):
+                    a, s = ((parts[0][k][..., g] * parts[1][k][..., h]).sum() for k in (0, 1))
+                    expected = expected + a * s / (25 * t)
+            torch.testing.assert_close(matrix[i, j], torch.as_tensor(expected).double(), rtol=1e-12, atol=1e-12)

@@ -101,12 +101,14 @@ class LayerwiseOptimizer(ModelOptimizer):
             layer
             for layer in layers
             if self._due(groups[id(layer)], "factor_interval")
-            or (
-                layer in changed
-                and (groups[id(layer)]["step"] <= EARLY or self.state[layer.weight].get("updates") == 1)
-            )
+            or (layer in changed and self._early(self.state[layer.weight], groups[id(layer)]))
         ]
         self._refresh([layer for layer in refreshed if layer.weight in self.state], groups)
+
+    @staticmethod
+    def _early(state: dict, group: dict) -> bool:
+        """Whether an update is followed at once."""
+        return group["step"] <= EARLY or state.get("updates") == 1
 
     def _unscaled(self, rows: Rows) -> Rows:
         if self._grad_scaler is None or self._residual is not None:
