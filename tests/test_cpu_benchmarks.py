@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -54,6 +55,18 @@ def test_everything_is_measured(rehearsed):
     assert hosts >= {(host.WITHOUT_KERNELS, "mbf"), *((host.TINY, method) for method in ("sgd", "adam", "mbf"))}
     parts = {"roofs", "kernels", "against count", "against size", "steps", "host"}
     assert {row["part"] for row in measured} == parts
+
+
+def test_a_part_that_is_measured_anew_takes_its_place(rehearsed, tmp_path):
+    folder = tmp_path / "results"
+    shutil.copytree(rehearsed, folder)
+    assert command_line.main(["--plan", "rehearsal", "--out", str(folder), "--only", "roofs"]) == 0
+    before, after = results.load(rehearsed), results.load(folder)
+    others = [[row for row in found["rows"] if row["part"] != "roofs"] for found in (before, after)]
+    assert others[0] == others[1] and len(before["rows"]) == len(after["rows"])
+    assert {name: fact for name, fact in after["environment"].items() if name != "anew"} == before["environment"]
+    assert after["environment"]["anew"].keys() == {"roofs"}
+    assert "roofs measured anew" in report.facts(after["environment"])
 
 
 def test_iterations_of_every_method():

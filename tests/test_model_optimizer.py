@@ -247,7 +247,7 @@ def test_a_layer_that_is_not_finite_leaves_the_others_alone(kind):
 
 
 def test_matrices_that_float32_cannot_factor():
-    """Of rank 5, with a multiple of I that only just shows: where they are positive definite, digits find the inverse."""
+    """Of rank 5, with a multiple of I that only just shows. Those that are positive definite have an inverse."""
     rows = [randn(20, 5, dtype=torch.float32, seed=seed) for seed in range(40)]
     matrices = torch.stack([x @ x.T + 1e-6 * torch.eye(20) for x in rows])
     definite = matrices[torch.linalg.eigvalsh(matrices.double()).amin(1) > 1e-7]

@@ -62,6 +62,7 @@ def facts(here: dict) -> dict[str, str]:
         "commit": here["commit"] or "unknown",
         "command": here["command"],
         "made": f"{here['made']}, in {here['minutes']:.3g} minutes",
+        **{f"{part} measured anew": when for part, when in here.get("anew", {}).items()},
     }
 
 
