@@ -32,9 +32,9 @@ class TwoLevelKFAC(KFAC):
         additive         F_c[i, j] = sum(A_ij) sum(G_ij) + lambda [i = j],  delta = zeta + w R0^T F_c^-1 R0 grad
 
     with F = (1/m) sum_n dW_n dW_n^T + lambda I over all layers, of the samples of the last update, and A_ij, G_ij the
-    covariances of inputs and of output gradients between layers i and j. The multiplicative form minimises the error
-    |delta - F^-1 grad|_F, which falls by (2 w - w^2) beta^T F_c beta (``energy_change`` has the last step's). Where it
-    would ascend, zeta is taken. What follows is K-FAC's: the clip, momentum, weight decay.
+    covariances of inputs and of output gradients between layers i and j, averaged as A and G are. The multiplicative
+    form minimises the error |delta - F^-1 grad|_F, which falls by (2 w - w^2) beta^T F_c beta (``energy_change`` has
+    the last step's). Where it would ascend, zeta is taken. What follows is K-FAC's: the clip, momentum, weight decay.
 
     Args:
         model, lr and all that KFAC takes.
@@ -51,8 +51,8 @@ class TwoLevelKFAC(KFAC):
 
     Sources: N. Tselepidis, J. Kohler, A. Orvieto, "Two-Level K-FAC Preconditioning for Deep Learning", 2020 (additive);
     A. Koroko and others, "Analysis and Comparison of Two-Level KFAC Methods for Training Deep Neural Networks", 2023.
-    Departures: F_c is that of the last update's samples, not an average; its damping is lambda |r|^2; locations of
-    layers with different numbers of them are pooled in the order in which they are stored.
+    Departures: the multiplicative F_c is that of the last update's samples, not an average; its damping is
+    lambda |r|^2; locations of layers with different numbers of them are pooled in the order in which they are stored.
     """
 
     def __init__(
@@ -93,7 +93,9 @@ class TwoLevelKFAC(KFAC):
         if state.get("updates", 0) > before:
             for name in NAMES:
                 state.pop(name, None)
-            state |= kept(rows) | {name: part.sum(3) for name, part in zip(SUMS, rows, strict=False)}
+            state |= {name: part.sum(3) for name, part in zip(SUMS, rows, strict=False)}
+            if group["form"] == "multiplicative":
+                state |= kept(rows)
             state["sampled"] = self.param_groups[0]["step"]
 
     def _coupled(self, gradients: Vectors, directions: Vectors, groups: dict[int, dict]) -> Vectors:
@@ -103,11 +105,11 @@ class TwoLevelKFAC(KFAC):
             return directions
         zeta, gradient = ({layer: vectors[layer] for layer in together} for vectors in (directions, gradients))
         damping = {layer: groups[id(layer)]["damping"] for layer in together}
-        fisher = Fisher({layer: sample_gradients(self.state[layer.weight]) for layer in together}, damping)
         if options["form"] == "additive":
             coarse = self._kept(damping, lambda: self._additive(zeta, damping))
             right = coarse.products(gradient)
         else:
+            fisher = Fisher({layer: sample_gradients(self.state[layer.weight]) for layer in together}, damping)
             coarse, right = self._multiplicative(fisher, gradient, zeta, groups)
         beta, good = _solved(coarse.matrix, right)
         moves = coarse.combination(options["weight"] * beta)
@@ -119,8 +121,24 @@ class TwoLevelKFAC(KFAC):
         return directions | {layer: torch.where(good, corrected[layer], zeta[layer]) for layer in together}
 
     def _additive(self, zeta: Vectors, damping: dict[Affine, float]) -> Coarse:
-        sums = {layer: [self.state[layer.weight][name] for name in SUMS] for layer in zeta}
-        return Coarse(self._space("nicolaides", zeta, {}), between_layers(sums, damping))
+        layers = list(zeta)
+        matrix = coarse_matrix(self._covariances(layers), [layer.groups for layer in layers])
+        matrix = matrix + matrix.new_tensor(list(damping.values())).diag()
+        return Coarse(self._space("nicolaides", zeta, {}), matrix)
+
+    def _covariances(self, layers: list[Affine]) -> Tensor:
+        """Those between the layers, averaged over updates as A and G are; anew where others take part."""
+        states, places = [self.state[layer.weight] for layer in layers], [self._layers.index(layer) for layer in layers]
+        first = states[0]
+        if first.get("covariances_of") != places:
+            first |= {"covariances_of": places, "covariance_updates": 0, "covariances_from": None}
+        if first["covariances_from"] != first["sampled"]:
+            new = covariances([[state[name] for name in SUMS] for state in states])
+            first["covariance_updates"] += 1
+            keep = min(1 - 1 / first["covariance_updates"], self._group_of()[id(layers[0].weight)]["decay"])
+            first["covariances"] = torch.lerp(first["covariances"], new, 1 - keep) if keep else new
+            first["covariances_from"] = first["sampled"]
+        return first["covariances"]
 
     def _multiplicative(
         self, fisher: Fisher, gradient: Vectors, zeta: Vectors, groups: dict[int, dict]
@@ -148,7 +166,9 @@ class TwoLevelKFAC(KFAC):
 
     def _together(self, directions: Vectors) -> list[Affine]:
         """Layers that have seen the same samples, the last ones."""
-        states = {layer: self.state[layer.weight] for layer in directions if SUMS[0] in self.state[layer.weight]}
+        needed = SUMS if self.param_groups[0]["form"] == "additive" else NAMES
+        states = {layer: self.state[layer.weight] for layer in directions}
+        states = {layer: state for layer, state in states.items() if not state.keys().isdisjoint(needed)}
         seen = {layer: (state["sampled"], len(state[SUMS[0]])) for layer, state in states.items()}
         latest = max((step for step, _ in seen.values()), default=0)
         counts = [count for step, count in seen.values() if step == latest]
@@ -214,27 +234,27 @@ class Fisher:
         return Coarse(space, stacked @ stacked.T / stacked.shape[1] + torch.block_diag(*blocks)), stacked
 
 
-def between_layers(sums: dict[Affine, Sequence[Tensor]], damping: dict[Affine, float]) -> Tensor:
-    """sum(A_ij) sum(G_ij) + lambda I, groups of a layer summed, of sums over inputs and over outputs [m, T, groups].
-    Locations are pooled to the fewer of both layers."""
-    parts, first = list(sums.values()), next(iter(sums.values()))[0]
-    matrix = first.new_empty(len(parts), len(parts))
-    for locations in sorted({inputs.shape[1] for inputs, _ in parts}):  # pairs with more of them are overwritten
-        able = [place for place, (inputs, _) in enumerate(parts) if inputs.shape[1] >= locations]
-        block = _products([parts[place] for place in able], locations)
-        matrix[torch.tensor(able)[:, None], torch.tensor(able)] = block
-    return matrix + torch.tensor(list(damping.values()), dtype=matrix.dtype, device=matrix.device).diag()
+def covariances(sums: Sequence[Sequence[Tensor]]) -> Tensor:
+    """sum(A_ij) and sum(G_ij) for all groups i and j of all layers, [2, groups, groups], of each layer's sums over
+    inputs and over outputs [m, T, groups]. Locations are pooled to the fewer of both."""
+    inputs = [part for part, _ in sums]
+    count, samples = sum(part.shape[2] for part in inputs), len(inputs[0])
+    owner = torch.tensor([place for place, part in enumerate(inputs) for _ in range(part.shape[2])])
+    found = inputs[0].new_empty(2, count, count)
+    for locations in sorted({part.shape[1] for part in inputs}):  # pairs that both have more are overwritten
+        able = [place for place, part in enumerate(inputs) if part.shape[1] >= locations]
+        where = torch.isin(owner, torch.tensor(able)).nonzero()[:, 0]
+        for side, scale in ((0, samples), (1, samples * locations)):
+            columns = torch.cat([_pooled(sums[place][side], locations) for place in able], 2).flatten(0, 1)
+            found[side, where[:, None], where] = columns.T @ columns / scale
+    return found
 
 
-def _products(parts: Sequence[Sequence[Tensor]], locations: int) -> Tensor:
-    """Of all pairs of layers, pooled to so many locations."""
-    owners = torch.tensor([place for place, (inputs, _) in enumerate(parts) for _ in range(inputs.shape[2])])
-    grams = []
-    for sums in zip(*parts, strict=True):
-        columns = torch.cat([_pooled(part, locations) for part in sums], 2).flatten(0, 1)
-        grams.append(columns.T @ columns)
-    belongs = functional.one_hot(owners).to(grams[0])  # [groups of all layers, layers]
-    return belongs.T @ (grams[0] * grams[1]) @ belongs / (len(parts[0][0]) ** 2 * locations)
+def coarse_matrix(covariances: Tensor, groups: Sequence[int]) -> Tensor:
+    """sum(A_ij) sum(G_ij), summed over the groups of layers."""
+    owner = torch.arange(len(groups)).repeat_interleave(torch.tensor(groups))
+    belongs = functional.one_hot(owner).to(covariances)
+    return belongs.T @ covariances.prod(0) @ belongs
 
 
 def _pooled(sums: Tensor, locations: int) -> Tensor:
