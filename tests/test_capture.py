@@ -310,6 +310,27 @@ def test_rows_are_of_what_reached_the_weights(backward):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
+def test_side_gradients_do_not_pile_up():
+    model = nn.Sequential(nn.Linear(4, 3))
+    _, capture = watched(model)
+    for _ in range(5):
+        inputs = torch.ones(2, 4, requires_grad=True)
+        torch.autograd.grad(model(inputs).sum(), inputs)
+    assert len(capture.uses(model[0])) == 1
+
+
+def test_a_frozen_weights_bias_accumulates_too():
+    model = nn.Linear(4, 3)
+    model.weight.requires_grad_(False)
+    _, capture = watched(model)
+    for _ in range(2):
+        model(torch.ones(2, 4)).sum().backward()
+    assert len(capture.uses(model)) == 2
+    model.weight.requires_grad_(True)
+    model(torch.ones(2, 4)).sum().backward()
+    assert [len(use.inputs) for use in capture.uses(model)] == [2]  # the weight's first
+
+
 def test_parts_of_a_model_may_be_called_by_themselves():
     """Two batches in turn are no two locations of the same samples."""
 

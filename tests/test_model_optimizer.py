@@ -366,6 +366,11 @@ def test_what_every_one_refuses(kind):
     if not title.startswith("AdaFisher"):
         with pytest.raises(TypeError, match=f"{title}: expected mean_loss to be True or False, got 'sum'"):
             make(model, mean_loss="sum")
+    if kind not in QUASI:
+        with pytest.raises(
+            TypeError, match=f"{title}: expected grad_scaler to be a torch.amp.GradScaler or None, got 5"
+        ):
+            make(model, grad_scaler=5)
 
 
 def test_options_of_one_kind():

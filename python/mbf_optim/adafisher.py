@@ -12,7 +12,7 @@ from mbf_kernels import rank_one_step_
 from .affine import Affine
 from .capture import Use
 from .diagonal_factors import Norm, known_layers, raw_factors
-from .model_optimizer import ModelOptimizer, count, number, one_of, positive
+from .model_optimizer import ModelOptimizer, count, number, one_of, positive, scaler
 
 EPSILON = 1e-6  # of the normalization
 AVERAGES: dict[str, Callable[[float], tuple[float, float]]] = {  # what remains of the old, and comes of the new
@@ -85,6 +85,7 @@ class AdaFisher(ModelOptimizer):
             "weight_decay": weight_decay, "variant": variant, "relative_damping": relative_damping,
         }  # fmt: skip
         super().__init__(model, defaults, groups)
+        scaler(self._title, grad_scaler)
         self._grad_scaler = grad_scaler
 
     @torch.no_grad()

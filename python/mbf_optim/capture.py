@@ -29,17 +29,17 @@ class Use:
 
     @property
     def overwritten(self) -> bool:
-        """Whether the inputs have been since."""
+        """Whether the inputs have been written to since then."""
         return self.inputs._version != self.version
 
 
 class Capture:
     """The uses of some modules of a model, since they were last cleared.
 
-    Recorded are calls in training mode with autograd on, once the gradients of their output and of their weight have
-    come, as they add to the weight's ``grad``: what ``torch.autograd.grad`` asks for on the side leaves no trace, and a
-    ``grad`` set to None takes what was recorded along. Under non-reentrant checkpointing it is the first call, not the
-    one that recomputes. What follows in place does not matter.
+    Recorded are calls in training mode with autograd on, once the gradients of their output and of their weight (or
+    bias, where that is frozen) have come. They add to its ``grad``: what ``torch.autograd.grad`` asks for on the side
+    leaves no trace, and a ``grad`` set to None takes what was recorded along. Under non-reentrant checkpointing it is
+    the first call, not the one that recomputes. What follows in place does not matter.
 
     Args:
         model: what a forward pass is one of.
@@ -57,7 +57,7 @@ class Capture:
         self._unanswered: set[int] = set()  # passes whose loss has not come back to the output yet
         self._uses: dict[nn.Module, list[Use]] = {module: [] for module in modules}
         self._weights = {module: module.weight for module in self._uses}
-        self._watched: set[nn.Module] = set()  # whose weight has a hook
+        self._watched: dict[nn.Module, Tensor] = {}  # the parameter that has a hook
         self.called: set[nn.Module] = set()  # in this pass, and looked at
         hook(self, model.register_forward_pre_hook, self._begin_pass)
         hook(self, partial(model.register_forward_hook, always_call=True), self._end_pass)
@@ -65,8 +65,7 @@ class Capture:
             hook(self, partial(module.register_forward_hook, with_kwargs=True, prepend=True), self._see)
 
     def uses(self, module: nn.Module) -> list[Use]:
-        """Where no gradient reached the weight (it is frozen, or its ``grad`` was put there by hand), all that arrived
-        at the output."""
+        """Where no backward pass reached the weight, as its ``grad`` was put there by hand, those of the last one."""
         uses = self._uses[module]
         recorded = [use for use in uses if use.gradients is not None]
         if not recorded:
@@ -147,27 +146,26 @@ class Capture:
         return trains and module.weight is self._weights[module]  # another: torch.func.functional_call
 
     def _watch(self, module: nn.Module) -> None:
-        weight = self._weights[module]
-        if module not in self._watched and weight.requires_grad:
-            self._watched.add(module)
-            hook(self, weight.register_post_accumulate_grad_hook, self._arrive, module)
+        param = next(param for param in module.parameters(recurse=False) if param.requires_grad)
+        if self._watched.get(module) is not param:
+            self._watched[module] = param
+            hook(self, param.register_post_accumulate_grad_hook, self._arrive, module)
 
     def _answer(self, module: nn.Module, use: Use, gradients: Tensor) -> None:
         """A gradient has come to an output."""
         if not self.recording:
             return
+        uses = self._uses[module]
         if self._drawing:
             use.gradients = gradients
         else:
-            if self._weights[module].grad is None:  # what has been recorded is not part of what will be there
-                self._uses[module] = [other for other in self._uses[module] if other.gradients is None]
-                use.gradients = None
-            use.arriving, use.backward_pass = gradients, _backward_pass()
-        if use not in self._uses[module]:
-            self._uses[module].append(use)
+            adds, now = self._watched[module].grad is not None, _backward_pass()
+            use.arriving, use.backward_pass, use.gradients = gradients, now, use.gradients if adds else None
+            uses = [other for other in uses if other.backward_pass == now or (adds and other.gradients is not None)]
+        self._uses[module] = uses if use in uses else [*uses, use]
 
-    def _arrive(self, module: nn.Module, weight: Tensor) -> None:
-        """A gradient has been added to the weight's."""
+    def _arrive(self, module: nn.Module, param: Tensor) -> None:
+        """A gradient has been added to the parameter's."""
         self._answered = True
         for use in self._uses[module]:
             if use.arriving is not None and use.backward_pass == _backward_pass():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .affine import Affine, Rows, affine_layers
 from .capture import hook
-from .model_optimizer import ModelOptimizer, flag
+from .model_optimizer import ModelOptimizer, flag, scaler
 from .sampling import Residual, drawn, residual_of
 
 EARLY = 20  # steps in which every update of the statistics is followed at once (Ren & Goldfarb's K-FAC)
@@ -50,6 +50,7 @@ class LayerwiseOptimizer(ModelOptimizer):
     ):
         super().__init__(model, defaults, groups)
         flag(self._title, "mean_loss", mean_loss)
+        scaler(self._title, grad_scaler)
         self._residual = None if distribution is None else residual_of(self._title, distribution)
         self._mean_loss, self._grad_scaler = mean_loss, grad_scaler
         self._capture.recording = self._residual is None

@@ -239,6 +239,12 @@ def flag(title: str, name: str, value: object) -> None:
         raise TypeError(f"{title}: expected {name} to be True or False, got {value!r}")
 
 
+def scaler(title: str, value: object) -> None:
+    """Raises for what is neither a GradScaler nor None."""
+    if value is not None and not isinstance(value, torch.amp.GradScaler):
+        raise TypeError(f"{title}: expected grad_scaler to be a torch.amp.GradScaler or None, got {value!r}")
+
+
 def count(title: str, name: str, value: object) -> None:
     """Raises for what is not an integer >= 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
