@@ -15,7 +15,7 @@ def table(problem: Problem, runs: list[dict], seconds: float) -> str:
     grouped = [[run for run in runs if run["optimizer"] == name] for name in here]
     grouped.sort(key=lambda alike: score(problem, alike))
     columns = (
-        "method", "options", "trials (failed)", f"train loss, {problem.epochs} epochs",
+        "method", "options", "trials (failed)", "train loss untuned, seed 0", f"train loss, {problem.epochs} epochs",
         "test accuracy" if problem.accuracy else "test loss", f"train loss, {seconds:g} s", "its epochs",
         "ms per iteration",
     )  # fmt: skip
@@ -31,7 +31,7 @@ def score(problem: Problem, alike: list[dict]) -> float:
 def row(problem: Problem, alike: list[dict], seconds: float) -> tuple[str, ...]:
     name, notes = alike[0]["optimizer"], [run["note"] for run in alike if run["note"]]
     options = ", ".join(f"{option} {value:g}" for option, value in alike[0]["options"].items())
-    cells = (OPTIMIZERS[name].label, options, trials(problem, name))
+    cells = (OPTIMIZERS[name].label, options, trials(problem, name), untuned(problem, name))
     if notes:
         return (*cells, "; ".join(dict.fromkeys(notes)), "", "", "", "")
     last = [at_epochs(problem, run) for run in alike]
@@ -49,6 +49,13 @@ def row(problem: Problem, alike: list[dict], seconds: float) -> tuple[str, ...]:
 def trials(problem: Problem, name: str) -> str:
     tried = load().get(problem.name, {}).get(name, [])
     return f"{len(tried)} ({sum(trial['loss'] is None for trial in tried)})" if tried else "none"
+
+
+def untuned(problem: Problem, name: str) -> str:
+    """Of the trial that the walk starts from."""
+    tried = load().get(problem.name, {}).get(name, [])
+    losses = [trial["loss"] for trial in tried if trial["options"] == OPTIMIZERS[name].start]
+    return "" if not losses else "failed" if losses[0] is None else f"{losses[0]:.4g}"
 
 
 def at_epochs(problem: Problem, run: dict) -> dict | None:

@@ -37,8 +37,17 @@ def test_the_table_has_medians_and_ranges_at_equal_epochs_and_equal_seconds(prob
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     adam, kfac = rows[2:]  # the lowest median after all epochs first
     assert [adam[0], kfac[0]] == ["Adam", "K-FAC"] and kfac[1] == "lr 0.1, damping 0.03"
-    assert kfac[3] == "1.6 (0.8 to 2.4)" and kfac[5] == "3 (1.5 to 4.5)" and kfac[6] == "5"
-    assert adam[3] == "0.8 (0.8 to 0.8)" and adam[5] == "1.8 (1.8 to 1.8)" and adam[6] == "2"
+    assert kfac[4] == "1.6 (0.8 to 2.4)" and kfac[6] == "3 (1.5 to 4.5)" and kfac[7] == "5"
+    assert adam[4] == "0.8 (0.8 to 0.8)" and adam[6] == "1.8 (1.8 to 1.8)" and adam[7] == "2"
+
+
+def test_what_a_method_reaches_untuned(problem, monkeypatch):
+    found = {"kfac": [({"lr": 1e-2, "damping": 1e-2}, 0.25), ({"lr": 1.0, "damping": 1e-2}, None)],
+             "adam": [({"lr": 1e-3}, None)], "muon": [({"lr": 1e-4}, 1.0)]}  # fmt: skip
+    trials = {name: [{"options": o, "loss": loss} for o, loss in tried] for name, tried in found.items()}
+    monkeypatch.setattr(compare_table, "load", lambda: {"digits": trials})
+    cells = [compare_table.untuned(problem, name) for name in ("kfac", "adam", "muon", "mbf")]
+    assert cells == ["0.25", "failed", "", ""]
 
 
 def test_a_method_without_results_says_why_and_comes_last(problem):
