@@ -33,7 +33,7 @@ def row(problem: Problem, alike: list[dict], seconds: float) -> tuple[str, ...]:
     options = ", ".join(f"{option} {value:g}" for option, value in alike[0]["options"].items())
     cells = (OPTIMIZERS[name].label, options, trials(problem, name), untuned(problem, name))
     if notes:
-        return (*cells, "; ".join(dict.fromkeys(notes)), "", "", "", "")
+        return (*cells, f"{len(notes)} of {len(alike)} seeds: {'; '.join(dict.fromkeys(notes))}", "", "", "", "")
     last = [at_epochs(problem, run) for run in alike]
     timely = [at_seconds(run, seconds) for run in alike]
     return (
@@ -59,8 +59,9 @@ def untuned(problem: Problem, name: str) -> str:
 
 
 def at_epochs(problem: Problem, run: dict) -> dict | None:
-    """The entry after the problem's epochs."""
-    return next((entry for entry in run["history"] if entry["epoch"] == problem.epochs), None)
+    """The entry after the problem's epochs; None of a run that did not come so far."""
+    history = [entry for entry in run["history"] if entry["train_loss"] is not None]
+    return next((entry for entry in history if entry["epoch"] == problem.epochs), None)
 
 
 def at_seconds(run: dict, seconds: float) -> dict:

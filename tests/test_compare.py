@@ -1,5 +1,6 @@
 """The comparison's table and picture, of runs made up."""
 
+import itertools
 import json
 
 import pytest
@@ -85,6 +86,15 @@ def test_what_is_missing():
     ]
     left = [(problem.name, *rest) for problem, *rest in compare.missing(["digits"], ["adam", "kfac"], [0, 1], done)]
     assert left == [("digits", "kfac", 0), ("digits", "adam", 1), ("digits", "kfac", 1)]
+
+
+def test_the_page_shows_the_results_that_are_committed():
+    results = json.loads((compare.RESULTS / "runs.json").read_text())
+    text = compare.PAGE.read_text()
+    assert compare.BEGIN in text and text == compare.page(text, results)
+    runs = {(run["problem"], run["optimizer"], run["seed"]): run["options"] for run in results["runs"]}
+    assert set(runs) == set(itertools.product(compare.SECONDS, OPTIMIZERS, range(3)))
+    assert all(options == settings(problem, name) for (problem, name, _), options in runs.items())
 
 
 def test_numbers_are_rounded_to_five_digits():

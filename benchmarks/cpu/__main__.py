@@ -60,7 +60,7 @@ def measure_anew(parts: list[str], plan: Plan, folder: Path, here: dict) -> None
         new = printed(part, plan)
         replaced = {row["part"] for row in new}
         found["rows"] = [row for row in found["rows"] if row["part"] not in replaced] + new
-        when = {part: f"{here['made']}, torch {here['torch']}, commit {here['commit']}"}
+        when = {part: f"{here['made']}, {here['processor']}, torch {here['torch']}, commit {here['commit']}"}
         found["environment"]["anew"] = found["environment"].get("anew", {}) | when
         results.save(folder, found)
 
