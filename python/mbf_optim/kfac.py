@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .affine import Affine, Rows
 from .input_side import input_side
-from .kronecker import mean_diagonal, output_factor, split_damping, update_inverses
+from .kronecker import mean_diagonal, output_factor, split_damping, update_inverses, without_denormals
 from .layerwise import LayerwiseOptimizer
 from .model_optimizer import check_range, flag, number, one_of, positive
 from .sampling import Residual
@@ -145,7 +145,7 @@ def _decompose(state: dict, names: Iterable[str]) -> None:
         matrix = state[name]
         values, vectors = torch.linalg.eigh(matrix.double())  # LAPACK's in float32 has given NaN for finite ones
         state[f"{name}_values"] = values.clamp_min(0).to(matrix.dtype)
-        state[f"{name}_vectors"] = vectors.to(matrix.dtype)
+        state[f"{name}_vectors"] = without_denormals(vectors.to(matrix.dtype))
 
 
 def _divided(state: dict, name: str, part: Tensor, damping: float) -> Tensor:
