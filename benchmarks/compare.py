@@ -91,7 +91,8 @@ def main() -> None:
     file = args.out / "runs.json"
     results = {"environment": environment("cpu"), "runs": []}
     if args.resume and file.exists():
-        results["runs"] = json.loads(file.read_text())["runs"]
+        found = json.loads(file.read_text())["runs"]
+        results["runs"] = [run for run in found if run["options"] == settings(run["problem"], run["optimizer"])]
     for problem, optimizer, seed in missing(args.problem, args.optimizer, args.seed, results["runs"]):
         how = {"epochs": problem.epochs, "seconds": SECONDS[problem.name], "seed": seed}
         results["runs"].append(rounded(plain(attempt(problem, optimizer, **how))))

@@ -122,10 +122,9 @@ class AdaFisher(ModelOptimizer):
         return f"H {n}, S {m}", 2, max(n, m)
 
     def _update_statistics(self) -> None:
-        group_of = self._group_of()
         for layer in self._layers:
             if uses := self._uses(layer):
-                self._observe(layer, uses, group_of[id(layer.weight)])
+                self._observe(layer, uses, self._group(layer))
         self._capture.clear()
 
     def _observe(self, layer: Affine | Norm, uses: Sequence[Use], group: dict) -> None:

@@ -59,8 +59,7 @@ class QuasiNewton(ModelOptimizer):
         """
         if closure is None:
             raise TypeError(f"{self._title}: expected step(closure), it evaluates the loss twice")
-        group_of = self._group_of()
-        groups = {layer: group_of[id(layer.weight)] for layer in self._layers}
+        groups = {layer: self._group(layer) for layer in self._layers}
         random = _RandomState(param.device for group in self.param_groups for param in group["params"])
         loss = self._evaluated(closure)
         first = self._observe(groups)
@@ -315,7 +314,7 @@ class KBFGSL(QuasiNewton):
 
     def _structure(self, layer: Affine) -> tuple[str, int, int]:
         groups, _, inputs = layer.shape
-        memory = self._group_of()[id(layer.weight)]["memory"]
+        memory = self._group(layer)["memory"]
         return f"H_a {inputs}x{inputs}, H_g of {memory} pairs", groups, inputs
 
     def _check(self, options: dict) -> None:

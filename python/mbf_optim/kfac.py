@@ -136,7 +136,7 @@ class KFAC(LayerwiseOptimizer):
 
     def _structure(self, layer: Affine) -> tuple[str, int, int]:
         groups, outputs, _ = layer.shape
-        side = input_side(layer, self._group_of()[id(layer.weight)])
+        side = input_side(layer, self._group(layer))
         return f"{side}, G {outputs}x{outputs}", (len(side.names) + 1) * groups, max(outputs, side.size)
 
 

@@ -168,7 +168,7 @@ class KPSVD(LayerwiseOptimizer):
 
     def _structure(self, layer: Affine) -> tuple[str, int, int]:
         groups, outputs, inputs = layer.shape
-        terms = 1 if self._group_of()[id(layer.weight)]["method"] == "kpsvd" else 2
+        terms = 1 if self._group(layer)["method"] == "kpsvd" else 2
         return f"{terms} x ({inputs}x{inputs}, {outputs}x{outputs})", 2 * terms * groups, max(outputs, inputs)
 
 

@@ -65,8 +65,9 @@ def damped(matrix: Tensor, damping: Tensor) -> Tensor:
 
 
 def without_denormals(matrix: Tensor) -> Tensor:
-    """With zeros for what is below eps^2 of the largest entry: products with denormal numbers are slow."""
-    return torch.where(matrix.abs() > torch.finfo(matrix.dtype).eps ** 2 * matrix.abs().amax(), matrix, 0.0)
+    """With zeros for what is below eps^2 of a matrix's largest entry: products with denormal numbers are slow."""
+    sizes = matrix.abs()
+    return torch.where(sizes > torch.finfo(matrix.dtype).eps ** 2 * sizes.amax((1, 2), keepdim=True), matrix, 0.0)
 
 
 def whitened(
@@ -95,7 +96,7 @@ def inverses(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     for (size, _, _), members in alike.items():
         stacked = torch.cat([matrices[i] for i in members])
         inverse, good = (_by_kernels if size <= KERNEL_SIZE else _by_linalg)(stacked)
-        if stacked.dtype != torch.float64 and not bool(good.all()):  # digits may do
+        if stacked.dtype != torch.float64 and not bool(good.all()):  # more digits may do
             exact, good = _by_linalg(stacked.double())
             inverse = exact.to(stacked.dtype)
             good = good & inverse.isfinite().all(2).all(1)

@@ -61,8 +61,7 @@ class LayerwiseOptimizer(ModelOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step for every parameter that has a gradient; returns the closure's loss."""
         loss = self._evaluated(closure)
-        group_of = self._group_of()
-        groups = {id(layer): group_of[id(layer.weight)] for layer in self._layers}
+        groups = {id(layer): self._group(layer) for layer in self._layers}
         stepping = [layer for layer in self._layers if all(param.grad is not None for param in layer.params)]
         self._update_statistics(stepping, groups)
         directions = self._directions(stepping, groups)

@@ -60,9 +60,9 @@ class ModelOptimizer(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self._layers = self._known_layers(self._group_of().keys())
-        self._layer_of = {layer.module: layer for layer in self._layers}
         self._place_of = {id(p): place for place, group in enumerate(self.param_groups) for p in group["params"]}
+        self._layers = self._known_layers(self._place_of.keys())
+        self._layer_of = {layer.module: layer for layer in self._layers}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -130,9 +130,9 @@ class ModelOptimizer(Optimizer):
     def __getstate__(self) -> dict:
         raise TypeError(f"{self._title}: cannot be copied or pickled, it hangs on a model's modules; save state_dict()")
 
-    def _group_of(self) -> dict[int, dict]:
-        """By parameter."""
-        return {id(param): group for group in self.param_groups for param in group["params"]}
+    def _group(self, layer: ModuleLayer) -> dict:
+        """By whose options its curvature goes: the weight's."""
+        return self.param_groups[self._place_of[id(layer.weight)]]
 
     @staticmethod
     def _due(group: dict, interval: str) -> bool:
@@ -143,8 +143,7 @@ class ModelOptimizer(Optimizer):
         layer = self._layer_of.get(module)
         if layer is None:
             return False
-        group = self.param_groups[self._place_of[id(layer.weight)]]
-        return self._due(group, "update_interval") or self._awaited(self.state.get(layer.weight, {}))
+        return self._due(self._group(layer), "update_interval") or self._awaited(self.state.get(layer.weight, {}))
 
     def _awaited(self, state: dict) -> bool:
         return "updates" not in state

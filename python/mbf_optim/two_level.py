@@ -135,7 +135,7 @@ class TwoLevelKFAC(KFAC):
         if first["covariances_from"] != first["sampled"]:
             new = covariances([[state[name] for name in SUMS] for state in states])
             first["covariance_updates"] += 1
-            keep = min(1 - 1 / first["covariance_updates"], self._group_of()[id(layers[0].weight)]["decay"])
+            keep = min(1 - 1 / first["covariance_updates"], self._group(layers[0])["decay"])
             first["covariances"] = torch.lerp(first["covariances"], new, 1 - keep) if keep else new
             first["covariances_from"] = first["sampled"]
         return first["covariances"]
