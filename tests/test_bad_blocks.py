@@ -74,7 +74,10 @@ def test_zero_and_indefinite_blocks_without_damping(backend, device, dtype):
     lower, info = factor(SymmetricBlocks.from_dense(dense), damping=0.0)
     assert info.tolist() == [1, 0, 2]
     assert not lower.to_dense()[[0, 2]].any()
-    assert_bitwise(lower.to_dense()[1], dense[1])
+    if backend == "reference":  # some BLAS's zeros are negative
+        assert torch.equal(lower.to_dense()[1], dense[1])
+    else:
+        assert_bitwise(lower.to_dense()[1], dense[1])
 
 
 @over_sizes

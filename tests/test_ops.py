@@ -178,7 +178,8 @@ def test_relative_damping_is_relative_to_each_block(backend, device, dtype):
 @over_dtypes
 @pytest.mark.parametrize("layout", ["transposed", "every third", "offset", "expanded"])
 def test_ops_read_any_strides(backend, device, size, dtype, layout):
-    """g and rhs as views give the bits of their contiguous copies (a Gram sum of samples: the figures)."""
+    """g and rhs as views give the bits of their contiguous copies (a Gram sum of samples, and torch.linalg on some
+    processors: the figures)."""
 
     def view(*shape, seed):
         if layout == "transposed":
@@ -191,19 +192,26 @@ def test_ops_read_any_strides(backend, device, size, dtype, layout):
             ]
         return randn(*shape[:-1], 1, dtype=dtype, device=device, seed=seed).expand(shape)
 
-    results = []
+    eye = torch.eye(size, dtype=dtype, device=device)
+    results, matrices = [], []
     for strided in (lambda t: t, torch.Tensor.contiguous):
         f = SymmetricBlocks.from_dense(spd_blocks("well", 37, size, dtype, device))
         accumulate_(f, strided(view(37, size, seed=1)), decay=0.9)
+        matrices.append(f.to_dense() + 0.1 * eye)
         lower, _ = factor(f, damping=0.1)
         x = solve(lower, strided(view(37, size, seed=3)))
         y = solve(lower, strided(view(37, size, 2, seed=4)))
         z, _ = accumulate_factor_solve_(
             f, strided(view(37, size, seed=5)), strided(view(37, size, seed=6)), decay=0.9, damping=1
         )
+        matrices.append(f.to_dense() + eye)
         results.append((f.data, x.contiguous(), y.contiguous(), z.contiguous()))
+    tolerance = 2 * max(solution_tolerance(a, dtype).max() for a in matrices)  # of two that may both be off
     for viewed, copied in zip(*results, strict=True):
-        assert_bitwise(viewed, copied)
+        if backend == "reference":
+            assert_relative(viewed, copied, tolerance)
+        else:
+            assert_bitwise(viewed, copied)
     g, f = view(4, 37, size, seed=7), SymmetricBlocks.zeros(37, size, dtype, device)
     truth, magnitude = accumulated(f.to_dense(), g, 0.5)
     assert_below((accumulate_(f, g, decay=0.5).to_dense() - truth).abs(), 9 * torch.finfo(dtype).eps * magnitude)
