@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -11,11 +12,16 @@ from torch.optim.optimizer import ParamsT
 
 from mbf_kernels import SymmetricBlocks, accumulate_
 
+from .averages import average_over_processes
+from .copies import Copies
 from .layers import PARTITION, Layer, layers_of
 from .options import check_options, keep_device_scalars, with_numbers
 from .plan import Plan
 from .report import Report, Row
-from .schedule import capturing, intervals, on_host, refuse_capture
+from .scaling import overflown, unscaled
+from .schedule import capturing, intervals, on_host
+from .sharding import local
+from .state import canonical, check_saved, complete, needs_masters, needs_squares, take_up
 
 
 class MBF(Optimizer):
@@ -62,6 +68,14 @@ class MBF(Optimizer):
             replay; ``lr`` and ``damping`` as tensors on the parameters' device are read there, so that
             ``group["lr"].fill_(x)`` between replays takes effect. Floats and all other options are fixed at capture.
             Both intervals are 1: a shared matrix above 128 needs them set. Otherwise tensors are read by ``float()``.
+        differentiable: refused; a step cannot be differentiated through.
+        master_weights: keep float32 copies of bfloat16 and float16 parameters, which take the steps; the parameters are
+            their rounded values. Without them small steps and decays are lost to rounding.
+        stochastic_rounding: instead, round such parameters up or down at random, right on average. The random numbers
+            follow from the step and the parameter's name: they resume, and are the same on all processes.
+
+    Parameters may be float32, float64, bfloat16 or float16, and DTensors (``fully_shard``, HSDP, tensor parallelism).
+    The state of those of low precision is float32. All state is made with the optimizer.
 
     A mini-block whose gradient is not finite, or whose matrix cannot be factored, is left as it was and counted in
     ``report()``.
@@ -70,6 +84,8 @@ class MBF(Optimizer):
     grafted form, relative damping, segments, Nesterov. The authors' code starts F from a pass over the data: call
     ``observe()`` after each backward of such a pass.
     """
+
+    _step_supports_amp_scaling = True  # GradScaler leaves unscaling, and steps that overflow, to step()
 
     def __init__(
         self,
@@ -93,6 +109,9 @@ class MBF(Optimizer):
         eps: float = 1e-8,
         maximize: bool = False,
         capturable: bool = False,
+        differentiable: bool = False,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ):
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         check_options(defaults)
@@ -121,18 +140,17 @@ class MBF(Optimizer):
             **(paper_form | options),
         )  # fmt: skip
 
+    @torch.no_grad()
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         self._forget()
         group = self.param_groups[-1]
         try:
             check_options(group)
-            for param in group["params"]:
-                if param.dtype not in (torch.float32, torch.float64):
-                    raise TypeError(f"MBF: expected float32 or float64 parameters, got {param.dtype}")
-            self._layers()
+            self._make_state(group)
         except (TypeError, ValueError):
-            self.param_groups.pop()
+            for param in self.param_groups.pop()["params"]:
+                self.state.pop(param, None)
             self._forget()
             raise
 
@@ -156,8 +174,12 @@ class MBF(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for index, group in enumerate(self.param_groups):
-            self._plan(index, group).step(with_numbers(group))
+        if overflown(self):
+            return loss
+        plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]  # raise before any moves
+        unscale = unscaled(self)
+        for plan, group in zip(plans, self.param_groups, strict=True):
+            plan.step(with_numbers(group), unscale)
         return loss
 
     @torch.no_grad()
@@ -168,50 +190,86 @@ class MBF(Optimizer):
         """
         for group, layers in self._layers():
             for layer in layers:
-                if not layer.blocks or not layer.has_grad():
-                    continue
-                state = self._state(layer, group)
-                if on_host(state)["step"]:
-                    raise RuntimeError(f"MBF.observe: expected no step so far, but {layer.name} has been stepped")
-                state["observed"] += 1
-                grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in layer.params]
-                for blocks in layer.blocks:
-                    g = layer.sharing(blocks, grads[0], grads[-1])
-                    accumulate_(state["fisher" + blocks.suffix], g, decay=1 - 1 / state["observed"])
-                state["fisher_weight"] = 1.0
+                if layer.blocks and layer.has_grad():
+                    self._observe(layer, group)
 
+    def _observe(self, layer: Layer, group: dict) -> None:
+        state = complete(layer, self.state, group)
+        if on_host(state)["step"]:
+            raise RuntimeError(f"MBF.observe: expected no step so far, but {layer.name} has been stepped")
+        state["observed"] += 1
+        state["fisher_weight"] = 1.0
+        decay = 1 - 1 / state["observed"]
+        for task in Copies(layer, self.state, group, None, 0).tasks:
+            if task.averaged_over:
+                average_over_processes([task], decay)
+            else:
+                accumulate_(task.fisher, task.gradients(), decay=decay)
+
+    @torch.no_grad()
     def report(self) -> Report:
-        """A row for every tensor (a joined bias in its weight's): structure, matrices, state bytes, skipped blocks."""
+        """A row for every tensor (a joined bias in its weight's): structure, matrices, state bytes, skipped blocks. Of
+        a sharded tensor what is on this process."""
         return Report(self._row(group, layer) for group, layers in self._layers() for layer in layers)
 
+    @torch.no_grad()
     def state_dict(self) -> dict:
-        """As in torch; F and L in canonical form, packed lower triangles [count, T]."""
-        state_dict = super().state_dict()
-        state_dict["state"] = {
-            index: {name: _portable(value) for name, value in (state | on_host(state)).items() if name != "clock"}
-            for index, state in state_dict["state"].items()
-        }
-        return state_dict
+        """As in torch; the state all tensors, matrices in canonical form: packed lower triangles [O, matrices of an
+        output, T], or [R, T] where they are averaged. Of sharded parameters they are DTensors."""
+        with self.register_state_dict_post_hook(MBF._make_canonical, prepend=True):
+            return super().state_dict()
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Raises ValueError, before anything changes, where the saved blocks do not fit the parameters.
+        """Raises ValueError, before anything changes, where the saved state does not fit the parameters' blocks.
 
-        A group stays capturable, or not; the tensors ``lr`` and ``damping`` of a capturable one take the saved values.
-        The state is replaced: a CUDA graph must be captured again.
+        Tensors keep the dtypes they have here, float32 beside parameters of lower precision. A group stays capturable,
+        or not; the tensors ``lr`` and ``damping`` of a capturable one take the saved values. The state is replaced: a
+        CUDA graph must be captured again.
         """
-        self._check_saved(state_dict)
         own = [{name: group[name] for name in ("capturable", "lr", "damping")} for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, options in zip(self.param_groups, own, strict=True):
-            keep_device_scalars(group, options)
-        self._forget()
-        for state in self.state.values():
-            for name, value in state.items():
-                if name.startswith(("fisher", "factor")) and isinstance(value, Tensor):
-                    state[name] = SymmetricBlocks.from_packed(value)
-            if "skipped" in state:
-                device = state["momentum"].device
-                state["skipped"] = torch.tensor(int(state["skipped"]), dtype=torch.int64, device=device)
+        saved: dict[Tensor, dict] = {}
+
+        def check(_: MBF, final: dict) -> None:  # after the user's hooks, which may have changed it
+            saved.update({param: final["state"].get(number) or {} for param, number in self._numbered(final)})
+            for (group, first), loaded in zip(self._with_first(), final["param_groups"], strict=False):
+                for layer in layers_of(group | {"graft": loaded.get("graft", group["graft"])}, first, saved):
+                    check_saved(layer, saved)
+
+        def take(_: MBF) -> None:  # before the user's hooks
+            for group, options in zip(self.param_groups, own, strict=True):
+                keep_device_scalars(group, options)
+            self._take_up(saved)
+
+        with self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(take, prepend=True):
+            super().load_state_dict(state_dict)
+
+    def _take_up(self, saved: dict[Tensor, dict]) -> None:
+        """In place of the state as ``Optimizer.load_state_dict`` has cast it."""
+        for group, layers in self._layers():
+            for layer in layers:
+                take_up(layer, self.state, saved)
+            self._make_state(group)
+
+    def _make_canonical(self, state_dict: dict) -> None:
+        numbers = dict(self._numbered(state_dict))
+        for group, layers in self._layers():
+            self._make_state(group)
+            for layer in layers:
+                of_params = canonical(layer, self.state)
+                state_dict["state"] |= {numbers[param]: state for param, state in of_params.items()}
+
+    def _numbered(self, state_dict: dict) -> Iterator[tuple[Tensor, int]]:
+        """The parameters with their numbers in the state_dict; where it is of others, those of them that there are."""
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            yield from zip(own["params"], saved["params"], strict=False)
+
+    def _make_state(self, group: dict) -> None:
+        """Of all that is trained, or has been: a checkpoint must find it, whether a step has been taken or not."""
+        for own, layers in self._layers():
+            for layer in layers if own is group else ():
+                if any(param.requires_grad or self.state.get(param) for param in layer.params):
+                    complete(layer, self.state, group)
 
     def _forget(self) -> None:
         """What is derived from parameters and state: made again when it is needed."""
@@ -220,17 +278,18 @@ class MBF(Optimizer):
         self._plans: dict[int, Plan] = {}
 
     def _layers(self) -> Iterator[tuple[dict, list[Layer]]]:
-        made_of = [
-            (list(map(id, group["params"])), *(group[name] for name in PARTITION)) for group in self.param_groups
-        ]
+        options = (*PARTITION, "graft")
+        made_of = [(list(map(id, group["params"])), *(group[name] for name in options)) for group in self.param_groups]
         if self._made_of != made_of:
             self._forget()
-            first = 0
-            for group in self.param_groups:
-                self._known_layers.append(layers_of(group, first, self.state))
-                first += len(group["params"])
+            self._known_layers = [layers_of(group, first, self.state) for group, first in self._with_first()]
             self._made_of = made_of
         return zip(self.param_groups, self._known_layers, strict=True)
+
+    def _with_first(self) -> Iterator[tuple[dict, int]]:
+        """The groups with the numbers of their first parameters."""
+        sizes = [len(group["params"]) for group in self.param_groups]
+        return zip(self.param_groups, accumulate([0, *sizes[:-1]]), strict=True)
 
     def _plan(self, index: int, group: dict) -> Plan:
         """How the group steps now."""
@@ -239,38 +298,16 @@ class MBF(Optimizer):
             layers = list(self._layers())[index][1]
             for layer in layers:
                 if layer.has_grad():
-                    self._state(layer, group)
+                    complete(layer, self.state, group)
             plan = self._plans[index] = Plan(group, layers, self.state)
         return plan
 
-    def _state(self, layer: Layer, group: dict) -> dict:
-        """The state of a layer's weight; what the bias needs of its own is made with it."""
-        state = self.state[layer.weight]
-        if not state:
-            refuse_capture("the first step of a layer (it allocates state)")
-            for param in layer.params:
-                self.state[param]["momentum"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["step"] = 0
-            if layer.blocks:
-                state["observed"], state["fisher_weight"] = 0, 0.0
-                state["skipped"] = torch.zeros((), dtype=torch.int64, device=layer.weight.device)
-            for blocks in layer.blocks:
-                state["fisher" + blocks.suffix] = SymmetricBlocks.zeros(
-                    blocks.count, blocks.size, layer.weight.dtype, layer.weight.device
-                )
-        if _needs_squares(layer, group) and "second_moment" not in state:
-            refuse_capture("the first grafted step of a layer (it allocates state)")
-            for param, square in zip(layer.params, _second_moments(layer, state, group), strict=True):
-                self.state[param]["second_moment"] = square
-        return state
-
     def _row(self, group: dict, layer: Layer) -> Row:
-        params = layer.params
         state = self.state[layer.weight] if layer.weight in self.state else {}
-        vectors = 2 if _needs_squares(layer, group) else 1
-        size = sum(vectors * param.numel() * param.element_size() for param in params)
+        vectors = 1 + needs_squares(layer, group) + needs_masters(layer, group)
+        size = sum(vectors * local(param).numel() * layer.dtype.itemsize for param in layer.params)
         for blocks in layer.blocks:
-            matrices = SymmetricBlocks.zeros(blocks.count, blocks.size, layer.weight.dtype, device="meta")
+            matrices = SymmetricBlocks.zeros(blocks.count, blocks.size, layer.dtype, device="meta")
             size += matrices.nbytes * (1 + (intervals(blocks, group)[1] > 1))  # F, and its factor where it is kept
         return Row(
             name=layer.name + (" + bias" if layer.bias is not None else ""),
@@ -281,41 +318,3 @@ class MBF(Optimizer):
             bytes=size,
             skipped=int(state.get("skipped", 0)),
         )
-
-    def _check_saved(self, state_dict: dict) -> None:
-        saved_groups, saved = state_dict["param_groups"], state_dict["state"]
-        for (_, layers), group, saved_group in zip(self._layers(), self.param_groups, saved_groups, strict=False):
-            index = dict(zip(map(id, group["params"]), saved_group["params"], strict=False))
-            for layer in layers:
-                state = saved.get(index.get(id(layer.weight)), {})
-                for blocks in layer.blocks if state else ():
-                    expected = [blocks.count, blocks.size * (blocks.size + 1) // 2]
-                    found = state.get("fisher" + blocks.suffix)
-                    if found is None or list(found.shape) != expected:
-                        got = "none" if found is None else list(found.shape)
-                        raise ValueError(
-                            f"MBF.load_state_dict: expected blocks {expected} for {layer.name}, got {got}: "
-                            "was it saved with another partition (blocks, segment, grid, average, or graft with "
-                            'blocks="auto")?'
-                        )
-
-
-def _needs_squares(layer: Layer, group: dict) -> bool:
-    """Whether the layer keeps element-wise second moments."""
-    return not layer.blocks or (layer.shared and group["graft"] is not None)
-
-
-def _second_moments(layer: Layer, state: dict, group: dict) -> list[Tensor]:
-    """Zeros, or where matrices have been averaged without them what F knows: as if they had been averaged as well."""
-    numbers = on_host(state)
-    if not (layer.blocks and numbers["step"]):
-        return [torch.zeros_like(param, memory_format=torch.preserve_format) for param in layer.params]
-    weight = (1 - group["diagonal_decay"] ** numbers["step"]) / (numbers["fisher_weight"] or 1.0)
-    return layer.spread([weight * state["fisher" + blocks.suffix].diagonal() for blocks in layer.blocks])
-
-
-def _portable(value: object) -> object:
-    """What a checkpoint holds of a state entry: tensors and numbers."""
-    if isinstance(value, SymmetricBlocks):
-        return value.to_packed()
-    return int(value) if isinstance(value, Tensor) and value.dtype == torch.int64 else value

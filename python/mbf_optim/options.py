@@ -31,6 +31,12 @@ def check_options(options: dict) -> None:
     is_grid = isinstance(grid, tuple | list) and len(grid) == 2 and all(map(_is_count, grid))
     _require(grid is None or is_grid, "grid", "None or two integers >= 1", grid)
     _require(options["blocks"] != "grid" or grid is not None, "grid", '(m1, m2) with blocks="grid"', grid)
+    for name in ("master_weights", "stochastic_rounding"):
+        _require(isinstance(options[name], bool), name, "True or False", options[name])
+    _require(not options["differentiable"], "differentiable", "False: steps have no derivatives", True)
+    if options["stochastic_rounding"]:
+        others = options["master_weights"] or options["capturable"]
+        _require(not others, "stochastic_rounding", "False with master_weights or capturable", True)
     if options["capturable"]:
         for name in ("lr", "damping"):
             if isinstance(options[name], Tensor):

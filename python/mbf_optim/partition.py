@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -30,10 +30,18 @@ class Blocks:
     sharing: int
     view: Callable[[Tensor], Tensor]  # of the weight; with bias "column" of the weight and the bias as a last column
     bias: str = "none"  # "none": not in these blocks; "last": the last element of each; "column": see view
+    each: int = 1  # mini-blocks of one output; of a row of tiles; of an input. Of averaged segments, of one run
+    within_output: bool = True  # no mini-block has weights of two outputs
 
     @cached_property
     def shared(self) -> bool:
         return self.structure.endswith("averaged")
+
+    @cached_property
+    def packed_shape(self) -> tuple[int, ...]:
+        """Of the packed triangles in checkpoints: aligned with the first dimension of the parameter, or shared."""
+        triangle = self.size * (self.size + 1) // 2
+        return (self.count, triangle) if self.shared else (self.count // self.each, self.each, triangle)
 
 
 def partition(
@@ -45,6 +53,7 @@ def partition(
     average: bool,
     grafted: bool,
     bias: bool,  # the bias joins as the last column
+    outputs: int | None = None,  # the number of them that are here, where no mini-block has weights of two; None: all
 ) -> list[Blocks]:
     """The mini-blocks of a parameter; an empty list: the diagonal step. For 2-D partitions the views take the matrix
     [O, D]. Raises ValueError where a grid does not divide the matrix, bias column included."""
@@ -54,10 +63,14 @@ def partition(
         blocks, average = _automatic(shape, taps, grafted), True
     if not math.prod(shape):
         return []
+    if blocks == "grid" and is_matrix:
+        _check_grid(grid, shape[0], shape[1] + bias)
+    here = outputs if outputs is not None or not shape else shape[0]
     if blocks == "filter" and len(shape) > 2:
-        return [Blocks("filter", "", shape[0] * shape[1], taps, 1, _identity)]
+        return [Blocks("filter", "", here * shape[1], taps, 1, _identity, each=shape[1])]
     if blocks in ("segment", "row", "column", "grid") and is_matrix:
-        return _matrix_blocks(blocks, shape[0], shape[1], bias, segment, grid, average)
+        tiles = grid and (grid[0], here * grid[1] // shape[0])
+        return _matrix_blocks(blocks, here, shape[1], bias, segment, tiles, average)
     return []
 
 
@@ -93,20 +106,25 @@ def _matrix_blocks(
         place = "last" if bias and average else column
         return [_blocks("row", outputs, inputs + bias, average, lambda x: x.unsqueeze(1), place)]
     if blocks == "column":
-        return [_blocks("column", inputs + bias, outputs, average, lambda x: x.t().unsqueeze(1), column)]
+        across = _blocks("column", inputs + bias, outputs, average, lambda x: x.t().unsqueeze(1), column)
+        return [replace(across, within_output=False)]
     m1, m2 = grid
-    if (inputs + bias) % m1 or outputs % m2:
-        raise ValueError(
-            f"MBF: expected grid (m1, m2) to divide the {inputs + bias} inputs (bias column included) and {outputs} "
-            f"outputs, got {tuple(grid)}"
-        )
-    rows, columns = outputs // m2, (inputs + bias) // m1
+    rows, columns = outputs // m2 if m2 else 1, (inputs + bias) // m1
 
     def tiles(x: Tensor) -> Tensor:
         tiles = x.unflatten(1, (m1, columns)).unflatten(0, (m2, rows)).transpose(1, 2)
         return tiles.unsqueeze(2) if average else tiles
 
-    return [_blocks("grid", m1 * m2, rows * columns, average, tiles, column)]
+    return [replace(_blocks("grid", m1 * m2, rows * columns, average, tiles, column), each=m1, within_output=rows == 1)]
+
+
+def _check_grid(grid: tuple[int, int], outputs: int, inputs: int) -> None:
+    m1, m2 = grid
+    if inputs % m1 or outputs % m2:
+        raise ValueError(
+            f"MBF: expected grid (m1, m2) to divide the {inputs} inputs (bias column included) and {outputs} outputs, "
+            f"got {tuple(grid)}"
+        )
 
 
 def _blocks(name: str, blocks: int, size: int, average: bool, view: Callable[[Tensor], Tensor], bias: str) -> Blocks:
@@ -138,7 +156,7 @@ def _segments(outputs: int, inputs: int, bias: bool, segment: int) -> list[Block
     ]
     column = "column" if bias else "none"
     return [
-        Blocks("segment", suffix, outputs * count, size, 1, view, column)
+        Blocks("segment", suffix, outputs * count, size, 1, view, column, each=count)
         for count, size, suffix, view in parts
         if count and size
     ]

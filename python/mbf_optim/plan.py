@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from operator import is_
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from .averages import average_over_processes
+from .copies import Copies
 from .layers import PARTITION, Layer
-from .schedule import DeviceClock, HostClock, advance_on_device, intervals, share_clocks
-from .tasks import Copies, Tensors, launches_of, tasks_of
+from .schedule import DeviceClock, HostClock, advance_on_device, intervals, on_host, share_clocks
+from .tasks import Launch, Tensors, launches_of, tasks_of
 
 # Options that decide what is launched together; the others are read at every step.
-STRUCTURAL = (*PARTITION, "capturable", "update_interval", "factor_interval", "graft")
+STRUCTURAL = (*PARTITION, "capturable", "update_interval", "factor_interval", "graft", "master_weights")
 WRITTEN = ("momentum", "second_moment", "fisher", "fisher_tail")  # entries of a state that launches write
 
 
@@ -33,7 +36,7 @@ class Plan:
             for task in tasks_of(layer, Tensors.of(layer.params, states), states[layer.weight])
         ]
         self._launches = launches_of(tasks, group)
-        launched = {id(param) for launch in self._launches for param in launch.params}
+        launched = {id(owner) for launch in self._launches for owner in launch.owners}
         self._others = [param for param in group["params"] if id(param) not in launched]
         self._layouts = _layouts_of_grads(self._others)
         params = [param for layer in stepping for param in layer.params]
@@ -51,24 +54,35 @@ class Plan:
             and all([launch.aim() for launch in self._launches])
         )
 
-    def step(self, group: dict) -> None:
-        """``group``: with its numbers as steps use them."""
+    def step(self, group: dict, unscale: Tensor | None) -> None:
+        """``group``: with its numbers as steps use them. ``unscale``: see ``Copies``."""
         if group["capturable"]:
             advance_on_device([clock for clock, _ in self._clocks], group)
         else:
             for clock, update_interval in self._clocks:
                 clock.advance(group, update_interval)
-        for launch in self._launches:
-            launch(group)
-        if self._copied:
-            self._step_copies(group)
-
-    def _step_copies(self, group: dict) -> None:
-        copies = [Copies(layer, self._states) for layer in self._copied]
-        for launch in launches_of([task for copy in copies for task in copy.tasks], group):
+        copies = [Copies(layer, self._states, group, unscale, self._seed(layer, group)) for layer in self._copied]
+        launches = self._launches
+        if copies:
+            launches = launches + launches_of([task for copy in copies for task in copy.tasks], group)
+        self._average(launches, group)
+        for launch in launches:
             launch(group)
         for copy in copies:
             copy.write_back()
+
+    @staticmethod
+    def _average(launches: list[Launch], group: dict) -> None:
+        """F of those whose mini-blocks lie on several processes."""
+        over_processes = [launch for launch in launches if launch.averaged_over and launch.due()[0]]
+        if over_processes:
+            average_over_processes([task for launch in over_processes for task in launch.tasks], group["decay"])
+
+    def _seed(self, layer: Layer, group: dict) -> int:
+        """Of a layer's rounding in this step: what resumes, and what other processes step alike, round alike."""
+        if not group["stochastic_rounding"]:
+            return 0
+        return (on_host(self._states[layer.weight])["step"] << 32) + crc32(layer.name.encode())
 
 
 def _layouts_of_grads(params: Iterable[Tensor]) -> list[torch.layout | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from mbf_kernels import PreparedStep, StepNumbers, SymmetricBlocks
 from .layers import Layer
 from .partition import Blocks
 from .schedule import DeviceClock, HostClock, intervals
+from .sharding import is_sharded, local, local_gradient
 
 View = Callable[[Tensor], Tensor]
 
@@ -27,26 +29,44 @@ _OPTIONS = {"mbf_diagonal_step_": _DIAGONAL, "mbf_shared_step_": _SHARED, "mbf_s
 
 @dataclass(slots=True)
 class Tensors:
-    """Of a weight and what joins it: the parameters, which have the gradients, M and v, one tensor each or two."""
+    """Of a weight and what joins it: what is written, the parameters, M and v, one tensor each or two. All lie here."""
 
     params: tuple[Tensor, ...]
     momenta: tuple[Tensor, ...]
     squares: tuple[Tensor, ...] | None
+    owners: tuple[Tensor, ...]  # of the gradients
 
     @classmethod
     def of(cls, params: Sequence[Tensor], states: dict) -> Tensors:
-        momenta = tuple(states[param]["momentum"] for param in params)
-        has_squares = "second_moment" in states[params[0]]
-        squares = tuple(states[param]["second_moment"] for param in params) if has_squares else None
-        return cls(tuple(params), momenta, squares)
+        squares = [states[param].get("second_moment") for param in params]
+        return cls(
+            tuple(map(local, params)),
+            tuple(local(states[param]["momentum"]) for param in params),
+            tuple(map(local, squares)) if squares[0] is not None else None,
+            tuple(params),
+        )
 
 
 @dataclass(slots=True)
 class Task:
+    layer: Layer
     blocks: Blocks | None  # None: the diagonal step
     tensors: Tensors
     views: tuple[View | None, ...]
     state: dict
+
+    @property
+    def averaged_over(self) -> tuple:
+        """The process groups over which F is averaged."""
+        return self.layer.averaged_over if self.blocks is not None and self.blocks.shared else ()
+
+    def gradients(self) -> Tensor:
+        """Those of the mini-blocks, [S, R, n]: S share each of R matrices."""
+        blocks = self.blocks
+        grads = [local_gradient(owner) for owner in self.tensors.owners]
+        viewed = [grad if view is None else view(grad) for view, grad in zip(self.views, grads, strict=True)]
+        main = viewed[0].reshape(blocks.sharing, blocks.count, blocks.size - len(viewed) + 1)
+        return main if len(viewed) == 1 else torch.cat([main, viewed[1].reshape(-1, 1, 1)], 2)
 
     @property
     def op(self) -> str:
@@ -69,13 +89,13 @@ class Task:
 def tasks_of(layer: Layer, tensors: Tensors, state: dict) -> list[Task]:
     """The work on a layer whose ``tensors`` are its parameters, in place."""
     if not layer.blocks:
-        return [Task(None, tensors, (None,), state)]
+        return [Task(layer, None, tensors, (None,), state)]
     tasks = []
     for blocks in layer.blocks:
         parts = slice(2 if blocks.bias == "last" else 1)
         squares = tensors.squares[parts] if tensors.squares and blocks.shared else None
-        chosen = Tensors(tensors.params[parts], tensors.momenta[parts], squares)
-        tasks.append(Task(blocks, chosen, (partial(layer.view, blocks), None)[parts], state))
+        chosen = Tensors(tensors.params[parts], tensors.momenta[parts], squares, tensors.owners[parts])
+        tasks.append(Task(layer, blocks, chosen, (partial(layer.view, blocks), None)[parts], state))
     return tasks
 
 
@@ -85,7 +105,9 @@ class Launch:
     def __init__(self, tasks: list[Task], clock: HostClock | DeviceClock, group: dict):
         first = tasks[0]
         self._op, self._clock = first.op, clock
-        self.params = [param for task in tasks for param in task.tensors.params]
+        self.averaged_over = first.averaged_over
+        self.tasks, self.owners = tasks, [owner for task in tasks for owner in task.tensors.owners]
+        self._gradient = local_gradient if any(map(is_sharded, self.owners)) else attrgetter("grad")
         self._aimed = False
         self._intervals = intervals(first.blocks, group) if first.blocks else (1, 1)
         tensors = [task.tensors for task in tasks]
@@ -118,7 +140,8 @@ class Launch:
         second_weight = fisher_weight if self._op == "mbf_step_" else square_weight
         options = {name: group[of_group] for name, of_group in _OPTIONS[self._op].items()}
         if self._op != "mbf_diagonal_step_":
-            options["update"], options["refactor"] = self._due()
+            options["update"], options["refactor"] = self.due()
+            options["update"] &= not self.averaged_over  # it has been, over all processes
         if self._aimed:
             self._step.launch(StepNumbers(momentum_weight, second_weight, group["lr"], group["damping"]), options)
         else:
@@ -127,9 +150,9 @@ class Launch:
         self._without_factor = False
 
     def _grads(self) -> list[Tensor | None]:
-        return [param.grad for param in self.params]
+        return list(map(self._gradient, self.owners))
 
-    def _due(self) -> tuple[bool, bool]:
+    def due(self) -> tuple[bool, bool]:
         """Whether F is to be updated, and whether it is to be factored."""
         t1, t2 = self._intervals
         if t1 == t2 == 1:
@@ -143,49 +166,6 @@ def launches_of(tasks: list[Task], group: dict) -> list[Launch]:
     kinds: dict[tuple, list[Task]] = {}
     for task in tasks:
         param, size = task.tensors.params[0], task.blocks.size if task.blocks else 0
-        key = (task.op, size, param.device, param.dtype, id(task.state["clock"]))
+        key = (task.op, size, param.device, param.dtype, id(task.state["clock"]), task.averaged_over)
         kinds.setdefault(key, []).append(task)
     return [Launch(alike, alike[0].state["clock"], group) for alike in kinds.values()]
-
-
-class Copies:
-    """A layer whose blocks are no views of its parameters: copies of them, for one step.
-
-    [W | b] where blocks run across both; and where one of the two has no gradient, its copy, whose gradient is zero:
-    it keeps its values.
-    """
-
-    def __init__(self, layer: Layer, states: dict):
-        self._layer = layer
-        self._real = Tensors.of(layer.params, states)
-        self._copy = Tensors(*(self._copies(tensors) for tensors in self._groups(self._real)))
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in layer.params]
-        for copy, grad in zip(self._copy.params, [_joined(grads)] if layer.joined else grads, strict=True):
-            copy.grad = grad
-        self.tasks = tasks_of(layer, self._copy, states[layer.weight])
-
-    def write_back(self) -> None:
-        for real, copy in zip(self._groups(self._real), self._groups(self._copy), strict=True):
-            if real is None:
-                continue
-            parts = (copy[0][:, :-1], copy[0][:, -1]) if self._layer.joined else copy
-            for param, to, part in zip(self._layer.params, real, parts, strict=True):
-                if param.grad is not None and to is not part:
-                    to.copy_(part)
-
-    @staticmethod
-    def _groups(tensors: Tensors) -> tuple:
-        return tensors.params, tensors.momenta, tensors.squares
-
-    def _copies(self, tensors: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
-        if tensors is None:
-            return None
-        if self._layer.joined:
-            return (_joined(tensors),)
-        with_grads = zip(tensors, self._layer.params, strict=True)
-        return tuple(tensor if param.grad is not None else tensor.clone() for tensor, param in with_grads)
-
-
-def _joined(weight_and_bias: Sequence[Tensor]) -> Tensor:
-    weight, bias = weight_and_bias
-    return torch.cat([weight, bias[:, None]], 1)

@@ -1,0 +1,46 @@
+"""Matrices that mini-blocks of several processes share: the average over all of them, in one message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mbf_kernels import SymmetricBlocks
+
+from .tasks import Task
+
+
+def average_over_processes(tasks: Sequence[Task], decay: float) -> None:
+    """F <- decay F + (1 - decay) / S sum_s g_s g_s^T of every task, s over the mini-blocks of all processes.
+
+    The sums of outer products are exact parts of the whole's, so that a sharded step is that of one process. A matrix
+    whose new diagonal is not finite keeps its value. A collective: one all-reduce for the tasks of a dtype.
+    """
+    messages: dict[tuple, list[Task]] = {}
+    for task in tasks:
+        key = (task.averaged_over, task.fisher.dtype, task.fisher.device)
+        messages.setdefault(key, []).append(task)
+    for (groups, *_), alike in messages.items():
+        sums = [_sum_of_squares(task) for task in alike]
+        message = torch.cat([part.flatten() for part in sums])
+        for group in groups:
+            torch.distributed.all_reduce(message, group=group)
+        for task, part in zip(alike, message.split([part.numel() for part in sums]), strict=True):
+            _average(task, part, decay)
+
+
+def _sum_of_squares(task: Task) -> Tensor:
+    """sum_s g_s g_s^T over the mini-blocks here, packed [R, T]."""
+    g = task.gradients()
+    row, column = torch.tril_indices(task.blocks.size, task.blocks.size, device=g.device)
+    return torch.bmm(g.permute(1, 2, 0), g.transpose(0, 1))[:, row, column]
+
+
+def _average(task: Task, total: Tensor, decay: float) -> None:
+    fisher, outputs = task.fisher, task.layer.weight.shape[0]
+    old = fisher.to_packed()
+    new = decay * old + (1 - decay) / (outputs * task.blocks.each) * total.view_as(old)
+    finite = SymmetricBlocks.from_packed(new).diagonal().isfinite().all(1, keepdim=True)
+    fisher.data.copy_(SymmetricBlocks.from_packed(torch.where(finite, new, old)).data)
