@@ -1,43 +1,73 @@
 """MBF over several processes: what they step together is what one process steps alone.
 
-Every process computes the gradients of all data, so that those of one process and of many are the same but for
-rounding: what differs is where parameters lie.
+Every process computes the gradients of all data, so that those of one process and of many differ by rounding at most:
+what differs is where parameters lie.
 """
+
+import itertools
+import math
 
 import pytest
 import torch
 from mbf_optim import MBF
 from processes import run
 from test_mbf import FORMS, PARTITIONS
-from torch import nn
+from torch import distributed, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from mbf_kernels.testing import assert_relative, randn
+from mbf_kernels.testing import assert_bitwise, assert_relative, randn
 
 STEPS = 4
-OPTIONS = dict(lr=1e-2, damping=1e-2, weight_decay=0.1)
+# Rounding differs by the order of sums alone: eps = 2e-16, 4 steps, condition numbers up to 1/damping + 1 = 101.
+TOLERANCE = 1e-9
+PROCESSES = (2,), (3,), (4,), (2, 2)  # the last: HSDP, two replicas of two shards
+CASES = {
+    f"{form}, {partition}": FORMS[form] | PARTITIONS[partition] | dict(lr=1e-2, damping=1e-2, weight_decay=0.1)
+    for form in FORMS
+    for partition in PARTITIONS
+}
+CASES["grafted, grid of rows"] = CASES["grafted, grid"] | dict(grid=(2, 4))
+CASES["grafted, auto, old factors"] = CASES["grafted, auto"] | dict(update_interval=2, factor_interval=3)
+CASES["paper, auto, old factors"] = CASES["paper, auto"] | dict(update_interval=2, factor_interval=3)
 
 
-def network(dtype=torch.float64):
-    """Of every structure; 6, 5 and 2 outputs on up to 4 processes: uneven shards, and empty ones."""
+def network(case):
+    """Of every structure; 10, 6 and 2 outputs on up to 4 processes: uneven shards, and empty ones."""
     torch.manual_seed(0)
-    modules = [
-        nn.Conv2d(2, 6, 3), nn.GroupNorm(2, 6), nn.Tanh(), nn.Conv2d(6, 5, 1, bias=False), nn.Tanh(),
-        nn.Conv2d(5, 4, (2, 3)), nn.Flatten(), nn.Linear(36, 6), nn.Tanh(), nn.Linear(6, 2),
+    if "grid of rows" in case:
+        layers = nn.Flatten(), nn.Linear(84, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False)
+        return nn.Sequential(*layers).double()
+    layers = [
+        nn.Conv2d(2, 6, 3), nn.GroupNorm(2, 6), nn.Tanh(), nn.Conv2d(6, 10, 1, bias=False), nn.Tanh(),
+        nn.Conv2d(10, 4, (2, 3)), nn.Flatten(), nn.Linear(36, 6), nn.Tanh(), nn.Linear(6, 2), nn.Tanh(),
         nn.Linear(2, 2, bias=False),
     ]  # fmt: skip
-    return nn.Sequential(*modules).to(dtype)
+    return nn.Sequential(*layers).double()
 
 
-def train(model, optimizer, steps=STEPS, first=0):
-    dtype = next(model.parameters()).dtype
-    for step in range(first, first + steps):
+def backward(model, step):
+    """Gradients of a regression batch that depends on the step alone."""
+    y = model(randn(8, 2, 6, 7, seed=step))
+    (y - randn(*y.shape, seed=100 + step)).square().mean().backward()
+
+
+def train(model, optimizer, steps=range(STEPS)):
+    for step in steps:
         optimizer.zero_grad()
-        x, target = randn(8, 2, 6, 7, dtype=dtype, seed=step), randn(8, 2, dtype=dtype, seed=100 + step)
-        (model(x) - target).square().mean().backward()
+        backward(model, step)
         optimizer.step()
+
+
+def shard(model, mesh_shape):
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicas", "shards")[-len(mesh_shape) :])
+    for module in model:
+        if isinstance(module, nn.Linear):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def whole(tensor):
@@ -47,43 +77,83 @@ def whole(tensor):
 def outcome(model, optimizer):
     """Weights and states, whole, by name."""
     states = optimizer.state_dict()["state"]
-    return [
-        (name, whole(param), {entry: whole(value) for entry, value in states[i].items()})
-        for i, (name, param) in enumerate(model.named_parameters())
-    ]
+    named = enumerate(model.named_parameters())
+    return [(name, whole(p), {entry: whole(value) for entry, value in states[i].items()}) for i, (name, p) in named]
 
 
-def assert_same(found, expected, tolerance=1e-9):
-    for (name, weight, state), (_, true_weight, true_state) in zip(found, expected, strict=True):
-        assert_relative(weight, true_weight, tolerance, name)
-        assert state.keys() == true_state.keys(), name
-        for entry, value in state.items():
-            assert_relative(value.double(), true_state[entry].double(), tolerance, f"{name} {entry}")
-
-
-def sharded(options, world_size, mesh_shape):
-    model = network()
-    names = ("replicate", "shard")[-len(mesh_shape) :]
-    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
-    for module in model:
-        if isinstance(module, nn.Linear):
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    optimizer = MBF(model.named_parameters(), **options)
-    train(model, optimizer)
+def alone(case, steps=range(STEPS)):
+    model = network(case)
+    optimizer = MBF(model.named_parameters(), **CASES[case])
+    train(model, optimizer, steps)
     return outcome(model, optimizer)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("partition", PARTITIONS)
-@pytest.mark.parametrize("mesh", [(2,), (3,), (4,), (2, 2)], ids=str)
-def test_fully_shard_equals_one_process(form, partition, mesh):
-    options = FORMS[form] | PARTITIONS[partition] | OPTIONS
-    model = network()
-    optimizer = MBF(model.named_parameters(), **options)
-    train(model, optimizer)
-    size = 1
-    for n in mesh:
-        size *= n
-    for found in run(size, sharded, options, size, mesh):
-        assert_same(found, outcome(model, optimizer))
+def assert_same(found, expected, case, tolerance=TOLERANCE):
+    for (name, weight, state), (_, true_weight, true_state) in zip(found, expected, strict=True):
+        assert_relative(weight, true_weight, tolerance, f"{case}: {name}")
+        assert state.keys() == true_state.keys(), f"{case}: {name}"
+        for entry, value in state.items():
+            assert value.dtype == true_state[entry].dtype
+            assert_relative(value.double(), true_state[entry].double(), tolerance, f"{case}: {name}, {entry}")
+
+
+def together(mesh_shape):
+    outcomes = {}
+    for case, options in CASES.items():
+        model = shard(network(case), mesh_shape)
+        optimizer = MBF(model.named_parameters(), **options)
+        for param in model.parameters():
+            assert isinstance(param, DTensor)
+        train(model, optimizer)
+        outcomes[case] = outcome(model, optimizer)
+    return outcomes
+
+
+@pytest.mark.parametrize("mesh", PROCESSES, ids=str)
+def test_fully_shard_equals_one_process(mesh):
+    """Every form and partition, weights and states."""
+    for outcomes in run(math.prod(mesh), together, mesh, timeout=300):
+        for case, found in outcomes.items():
+            assert_same(found, alone(case), case)
+
+
+# ---- any placements
+
+LINEAR = {"x.weight": (6, 7), "x.bias": (6,)}
+CONVOLUTION = {"x.weight": (6, 4, 3), "x.bias": (6,)}
+SHAPES = {case: CONVOLUTION if "filter" in case else LINEAR for case in CASES if "rows" not in case}
+PLACES = [
+    [[Shard(1)], [Replicate()]],
+    [[Shard(0)], [Replicate()]],
+    [[Shard(0), Shard(1)], [Shard(0), Replicate()]],
+    [[Shard(0), Shard(0)], [Shard(0), Shard(0)]],
+    [[Replicate(), Replicate()], [Replicate(), Shard(0)]],
+]
+
+
+def step_with_given_gradients(case, place):
+    params = [
+        (name, nn.Parameter(place(randn(*shape, seed=i), i))) for i, (name, shape) in enumerate(SHAPES[case].items())
+    ]
+    optimizer = MBF(params, **CASES[case])
+    for step in range(STEPS):
+        for i, (_, p) in enumerate(params):
+            p.grad = place(randn(*p.shape, seed=10 * step + 50 + i), i)
+        optimizer.step()
+    return [whole(p) for _, p in params]
+
+
+def placed(places):
+    mesh = init_device_mesh("cpu", (2, 2)[: len(places[0])])
+    return {
+        case: step_with_given_gradients(case, lambda x, i: distribute_tensor(x, mesh, places[i])) for case in SHAPES
+    }
+
+
+@pytest.mark.parametrize("places", PLACES, ids=str)
+def test_other_placements_equal_one_process(places):
+    """Tensor parallelism's: mini-blocks may straddle shards, and a bias may lie elsewhere than its weight."""
+    for outcomes in run(2 ** len(places[0]), placed, places, timeout=300):
+        for case, found in outcomes.items():
+            for weight, expected in zip(found, step_with_given_gradients(case, lambda x, i: x), strict=True):
+                assert_relative(weight, expected, TOLERANCE, case)
