@@ -4,7 +4,6 @@ Every process computes the gradients of all data, so that those of one process a
 what differs is where parameters lie.
 """
 
-import itertools
 import math
 
 import pytest
@@ -12,14 +11,12 @@ import torch
 from mbf_optim import MBF
 from processes import run
 from test_mbf import FORMS, PARTITIONS
-from torch import distributed, nn
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from mbf_kernels.testing import assert_bitwise, assert_relative, randn
+from mbf_kernels.testing import assert_relative, randn
 
 STEPS = 4
 # Rounding differs by the order of sums alone: eps = 2e-16, 4 steps, condition numbers up to 1/damping + 1 = 101.
