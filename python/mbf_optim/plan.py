@@ -82,7 +82,8 @@ class Plan:
         """Of a layer's rounding in this step: what resumes, and what other processes step alike, round alike."""
         if not group["stochastic_rounding"]:
             return 0
-        return (on_host(self._states[layer.weight])["step"] << 32) + crc32(layer.name.encode())
+        step = on_host(self._states[layer.weight])["step"]
+        return crc32(f"{layer.name} {step}".encode())  # 32 bits: more of a seed torch's CPU generator leaves out
 
 
 def _layouts_of_grads(params: Iterable[Tensor]) -> list[torch.layout | None]:

@@ -1,0 +1,196 @@
+"""MBF on parameters in bfloat16 and float16: its state and its arithmetic are float32's."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from mbf_optim import MBF
+from mbf_optim.rounding import stochastically_rounded
+from test_mbf import FORMS, PARTITIONS
+from torch import nn
+
+from mbf_kernels.testing import assert_bitwise, randn
+
+SHAPES = {"conv.weight": (4, 3, 3, 3), "conv.bias": (4,), "linear.weight": (4, 7), "linear.bias": (4,)}
+STEPS = 5
+OPTIONS = dict(lr=1e-2, damping=1e-2, weight_decay=0.1)
+over_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+over_forms = pytest.mark.parametrize("form", FORMS)
+over_partitions = pytest.mark.parametrize("partition", PARTITIONS)
+
+
+class Twins:
+    """Parameters of low precision, and others in float32 of the same values, with the same gradients."""
+
+    def __init__(self, dtype, options, **low):
+        values = [randn(*shape, dtype=torch.float32, seed=i).to(dtype) for i, shape in enumerate(SHAPES.values())]
+        self.low, self.full = ([nn.Parameter(v.to(d)) for v in values] for d in (dtype, torch.float32))
+        options = OPTIONS | options
+        self.optimizer = MBF(zip(SHAPES, self.low, strict=True), **options | low)
+        self.reference = MBF(zip(SHAPES, self.full, strict=True), **options)
+        self.steps, self.dtype = 0, dtype
+
+    def step(self, drop=()):
+        self.steps += 1
+        for i, (name, low, full) in enumerate(zip(SHAPES, self.low, self.full, strict=True)):
+            grad = randn(*low.shape, dtype=torch.float32, seed=10 * self.steps + i).to(self.dtype)
+            low.grad, full.grad = (None, None) if name in drop else (grad, grad.float())
+        self.optimizer.step()
+        self.reference.step()
+
+    def assert_states_are_the_same(self):
+        ours, theirs = (o.state_dict()["state"] for o in (self.optimizer, self.reference))
+        for mine, other in zip(ours.values(), theirs.values(), strict=True):
+            assert mine.keys() - {"master"} == other.keys()
+            for name, value in other.items():
+                assert_bitwise(mine[name], value)
+
+
+@over_dtypes
+@over_forms
+@over_partitions
+def test_master_weights_are_the_weights_of_float32(dtype, form, partition):
+    """Bitwise, the state too; the parameters are their nearest neighbours."""
+    twins = Twins(dtype, FORMS[form] | PARTITIONS[partition], master_weights=True)
+    for drop in ((), (), ("linear.bias",), ("conv.weight",), ()):
+        twins.step(drop)
+    twins.assert_states_are_the_same()
+    for low, full in zip(twins.low, twins.full, strict=True):
+        assert_bitwise(twins.optimizer.state[low]["master"], full)
+        assert_bitwise(low, full.to(dtype))
+
+
+@over_dtypes
+@over_forms
+@over_partitions
+def test_without_masters_every_step_is_rounded(dtype, form, partition):
+    """A step of float32, and the nearest weights after it, bitwise."""
+    twins = Twins(dtype, FORMS[form] | PARTITIONS[partition])
+    for _ in range(STEPS):
+        twins.step()
+        for low, full in zip(twins.low, twins.full, strict=True):
+            assert_bitwise(low, full.to(dtype))
+            full.data.copy_(low)
+    twins.assert_states_are_the_same()
+
+
+@over_dtypes
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("options", [{}, dict(master_weights=True), dict(stochastic_rounding=True)], ids=str)
+def test_resume_is_bitwise(dtype, capturable, options):
+    """And the state stays float32: torch's own load_state_dict would round it to the parameters' dtype."""
+    if capturable and "stochastic_rounding" in options:
+        return
+    options = options | dict(capturable=capturable, update_interval=1, factor_interval=1)
+    straight, resumed = Twins(dtype, {}, **options), Twins(dtype, {}, **options)
+    for twins in (straight, resumed):
+        for _ in range(2):
+            twins.step()
+    file = io.BytesIO()
+    torch.save(resumed.optimizer.state_dict(), file)
+    file.seek(0)
+    fresh = Twins(dtype, {}, **options)
+    for mine, other in zip(fresh.low, resumed.low, strict=True):
+        mine.data.copy_(other)
+    fresh.optimizer.load_state_dict(torch.load(file, weights_only=True))
+    fresh.steps = resumed.steps
+    for state in fresh.optimizer.state_dict()["state"].values():
+        assert all(v.dtype != dtype for v in state.values()) and state["momentum"].dtype == torch.float32
+    for twins in (straight, fresh):
+        for _ in range(3):
+            twins.step()
+    for a, b in zip(straight.low, fresh.low, strict=True):
+        assert_bitwise(a, b)
+
+
+@over_dtypes
+def test_masters_give_way_to_weights_that_are_set(dtype):
+    """As when a model's checkpoint is loaded after the optimizer has been made: it is not overwritten."""
+    twins = Twins(dtype, {}, master_weights=True)
+    twins.step()
+    with torch.no_grad():
+        twins.low[0].fill_(2)
+        twins.full[0].fill_(2)
+        twins.low[2][1] = 0.5  # a row alone: the others keep what their masters know
+        twins.full[2][1] = 0.5
+    twins.step()
+    for low, full in zip(twins.low, twins.full, strict=True):
+        assert_bitwise(twins.optimizer.state[low]["master"], full)
+
+
+@over_dtypes
+def test_small_decays_reach_the_weights(dtype):
+    """A decay below half a unit in the last place is lost in rounding, unless there are masters, or it is rounded up
+    and down at random: the mean of n weights then errs by a unit / sqrt(n) per root of a step."""
+    eps, steps, n = torch.finfo(dtype).eps, 100, 10_000
+    means = {}
+    for name, options in {
+        "nearest": {},
+        "master": dict(master_weights=True),
+        "random": dict(stochastic_rounding=True),
+    }.items():
+        w = nn.Parameter(torch.ones(n, dtype=dtype))
+        optimizer = MBF([w], lr=eps / 8, weight_decay=1.0, **options)
+        for _ in range(steps):
+            w.grad = torch.zeros_like(w)
+            optimizer.step()
+        means[name] = w.double().mean().item()
+    expected = (1 - eps / 8) ** steps
+    assert means["nearest"] == 1
+    assert abs(means["master"] - expected) <= eps / 2
+    assert abs(means["random"] - expected) <= 6 * eps * math.sqrt(steps / n)
+
+
+@over_dtypes
+def test_stochastic_rounding_is_right_on_average(dtype):
+    """Values of all sizes, subnormal ones too: a neighbour each, and the mean of many within six standard errors."""
+    info, n = torch.finfo(dtype), 20_000
+    values = [1.0, 1 + info.eps / 3, -3.3e-5, 0.7 * info.tiny, -0.3 * info.smallest_normal, 0.99 * info.max, 0.0]
+    for i, value in enumerate(values):
+        x = torch.full((n,), value, dtype=torch.float32)
+        rounded = stochastically_rounded(x, dtype, torch.Generator().manual_seed(i)).double()
+        exact = x[0].double()
+        found = rounded.unique()
+        nearest = x[0].to(dtype)
+        up = [torch.nextafter(nearest, torch.tensor(way, dtype=dtype)).double() for way in (math.inf, -math.inf)]
+        assert set(found.tolist()) <= {nearest.item(), *(u.item() for u in up)} and len(found) <= 2
+        unit = max(abs(u - nearest.double()) for u in up)
+        assert abs(rounded.mean() - exact) <= 6 * unit / 2 / math.sqrt(n)
+        assert (rounded - exact).abs().max() < unit or unit == 0
+
+
+def test_stochastic_rounding_passes_what_is_not_finite():
+    x = torch.tensor([math.nan, math.inf, -math.inf, 1e38, 3.4e38])
+    rounded = stochastically_rounded(x, torch.float16, torch.Generator())
+    assert rounded.isnan().tolist() == [True, False, False, False, False]
+    assert_bitwise(rounded[1:], torch.tensor([math.inf, -math.inf, math.inf, math.inf], dtype=torch.float16))
+
+
+def test_float16_gradients_are_unscaled_in_float32():
+    """By GradScaler's protocol: 1e-6 scaled by 1024 has all its digits in float16, 1e-6 itself but four bits."""
+    w, v = (nn.Parameter(torch.ones(3, 3, dtype=dtype)) for dtype in (torch.float16, torch.float32))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))  # makes the scale
+    ours, theirs = MBF([w], master_weights=True, eps=1e-7), MBF([v], eps=1e-7)
+    gradient = (1e-6 * 1024 * randn(3, 3, dtype=torch.float32)).half()
+    w.grad, v.grad = gradient.clone(), gradient.float() / 1024
+    scaler.step(ours)
+    theirs.step()
+    assert_bitwise(ours.state[w]["master"], v)
+    before = copy.deepcopy(ours.state_dict()["state"])
+    w.grad = torch.full_like(w, math.inf)
+    scaler.update()
+    scaler.step(ours)
+    after = ours.state_dict()["state"]
+    for name, value in before[0].items():
+        assert_bitwise(after[0][name], value)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(master_weights=True, stochastic_rounding=True), dict(capturable=True, stochastic_rounding=True)]
+)
+def test_rounding_at_random_is_refused_where_it_makes_no_sense(options):
+    with pytest.raises(ValueError, match="stochastic_rounding"):
+        MBF([nn.Parameter(torch.ones(3, 3, dtype=torch.bfloat16))], **options)
