@@ -11,10 +11,10 @@ import torch
 from mbf_optim import MBF
 from processes import run
 from test_mbf import FORMS, PARTITIONS
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from mbf_kernels.testing import assert_relative, randn
 
@@ -154,3 +154,109 @@ def test_other_placements_equal_one_process(places):
         for case, found in outcomes.items():
             for weight, expected in zip(found, step_with_given_gradients(case, lambda x, i: x), strict=True):
                 assert_relative(weight, expected, TOLERANCE, case)
+
+
+# ---- the rest of a step's life
+
+
+def bad_gradient(case, bad):
+    """One element on one process."""
+    model = network(case) if not distributed.is_initialized() else shard(network(case), (2,))
+    optimizer = MBF(model.named_parameters(), **CASES[case])
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        backward(model, step)
+        if step == 1:
+            for grad in (
+                p.grad for p in model.parameters() if p.ndim == 2
+            ):  # which have mini-blocks in all these cases
+                if not isinstance(grad, DTensor):
+                    grad.view(-1)[0] = bad
+                elif distributed.get_rank() == 0:
+                    grad.to_local().view(-1)[0] = bad
+        optimizer.step()
+    return outcome(model, optimizer)
+
+
+@pytest.mark.parametrize("case", ["grafted, auto", "grafted, column, own", "paper, auto", "grafted, segment, own"])
+def test_a_bad_gradient_is_skipped_and_counted_as_in_one_process(case):
+    expected = bad_gradient(case, math.nan)
+    for found in run(2, bad_gradient, case, math.nan):
+        assert_same(found, expected, case)
+        assert all(int(state["skipped"].sum()) > 0 for _, weight, state in found if weight.ndim == 2)
+
+
+def observed(case):
+    model = network(case) if not distributed.is_initialized() else shard(network(case), (2,))
+    optimizer = MBF(model.named_parameters(), **CASES[case])
+    for step in range(50, 53):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.observe()
+    train(model, optimizer)
+    return outcome(model, optimizer)
+
+
+@pytest.mark.parametrize("case", ["grafted, auto", "grafted, column", "paper, row"])
+def test_observed_first(case):
+    for found in run(2, observed, case):
+        assert_same(found, observed(case), case)
+
+
+def half_with_masters():
+    model = network("grafted, auto").bfloat16()
+    if distributed.is_initialized():
+        mesh = init_device_mesh("cpu", (2,))
+        for name, p in list(model.named_parameters()):
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])))
+    optimizer = MBF(model.named_parameters(), lr=1e-2, damping=1e-2, master_weights=True)
+    for step in range(STEPS):
+        for i, p in enumerate(model.parameters()):
+            grad = randn(*p.shape, seed=10 * step + i).bfloat16()
+            p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else grad
+        optimizer.step()
+    return outcome(model, optimizer)
+
+
+def test_low_precision_sharded():
+    """Sums of 6 outputs' squares in another order: float32's rounding, times the condition number of 101, 4 steps."""
+    expected = half_with_masters()
+    tolerance = 4 * 101 * 6 * torch.finfo(torch.float32).eps
+    for found in run(2, half_with_masters):
+        for (name, _, state), (_, _, true_state) in zip(found, expected, strict=True):
+            assert state["master"].dtype == torch.float32
+            assert_relative(state["master"].double(), true_state["master"].double(), tolerance, name)
+
+
+def sharded_and_plain():
+    """A model of which a part is left out of the sharding."""
+    model = network("grafted, auto")
+    if distributed.is_initialized():
+        for layer in list(model)[-3:]:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = MBF(model.named_parameters(), lr=1e-2, damping=1e-2)
+    train(model, optimizer)
+    assert len({isinstance(p, DTensor) for p in model.parameters()}) == 1 + distributed.is_initialized()
+    return outcome(model, optimizer)
+
+
+def test_sharded_parameters_beside_plain_ones():
+    for found in run(2, sharded_and_plain):
+        assert_same(found, sharded_and_plain(), "mixed")
+
+
+def refusals():
+    mesh = init_device_mesh("cpu", (2,))
+    with pytest.raises(
+        TypeError, match=r"^MBF: expected sharded or replicated parameters, got .*Partial.* for param 0"
+    ):
+        MBF([nn.Parameter(DTensor.from_local(torch.ones(3, 3), mesh, [Partial()]))])
+    for use_orig_params in (False, True):
+        model = FullyShardedDataParallel(nn.Linear(6, 6), use_orig_params=use_orig_params, device_id="cpu")
+        with pytest.raises(TypeError, match="^MBF: expected parameters in their own shapes, got .* use .*fully_shard"):
+            MBF(model.parameters())
+
+
+def test_refusals():
+    run(2, refusals)
