@@ -27,7 +27,7 @@ def inputs(device, dtype=None):
     number = partial(torch.tensor, dtype=torch.float64, device=device)
     options = {"default": {}, "the paper's form": PAPER}
     options |= {f"non-default {name}": override for name, override in OVERRIDES.items()}
-    options |= {f"blocks: {name}": partition for name, partition in PARTITIONS.items() if name != "auto"}
+    options |= {f"blocks: {name}": it for name, it in PARTITIONS.items() if it not in options.values()}
     options["maximize, weight_decay"] = dict(maximize=True, weight_decay=0.1)
     options["Tensor lr and damping"] = dict(lr=number(0.01), damping=number(0.2))
     options["Tensor lr and damping, capturable"] = dict(lr=number(0.01), damping=number(0.2), capturable=True)
@@ -90,29 +90,32 @@ class Maker:
         """A copy: schedulers write into a tensor."""
         return copy.deepcopy(INFO.optim_inputs_func(self.device)[self._number].kwargs)
 
-    def __call__(self, dtype=torch.float32, **overrides):
-        problem = Problem(dtype=dtype, device=self.device)
+    def __call__(self, **overrides):
+        problem = Problem(device=self.device)
         return problem, INFO.optim_cls(problem.named.items(), **(self.options | overrides))
 
 
-over_inputs = pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(Maker(device, number), id=f"{device}-{optimizer_input.desc}")
-        for device in DEVICES
-        for number, optimizer_input in enumerate(INFO.optim_inputs_func("cpu"))
-    ],
-)
+def _makers(count):
+    names = [optimizer_input.desc for optimizer_input in INFO.optim_inputs_func("cpu")][:count]
+    return [pytest.param(Maker(d, i), id=f"{d}-{name}") for d in DEVICES for i, name in enumerate(names)]
+
+
+over_inputs = pytest.mark.parametrize("make", _makers(None))
+over_devices = pytest.mark.parametrize("make", _makers(1))  # the default options alone
 
 
 def assert_equal_trees(actual, expected):
-    """Nested dicts and lists of tensors and numbers: the same types and values, tensors bit by bit."""
-    leaves, spec = torch.utils._pytree.tree_flatten(actual)
-    expected_leaves, expected_spec = torch.utils._pytree.tree_flatten(expected)
-    assert spec == expected_spec
-    for a, b in zip(leaves, expected_leaves, strict=True):
-        assert type(a) is type(b)
-        if isinstance(a, torch.Tensor):
-            assert_bitwise(a, b)
-        else:
-            assert a == b
+    """Nested dicts and sequences of tensors and numbers: the same types and values, tensors bit by bit."""
+    assert type(actual) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        assert_bitwise(actual, expected)
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_equal_trees(actual[key], value)
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected)
+        for a, b in zip(actual, expected, strict=True):
+            assert_equal_trees(a, b)
+    else:
+        assert actual == expected

@@ -20,7 +20,8 @@ def scaled_step(problem, optimizer, scaler, step, clip, bad=None):
     optimizer.zero_grad()
     scaler.scale(problem.loss(step)).backward()
     if bad is not None:
-        problem.named[bad].grad.view(-1)[-1] = math.inf
+        grad = problem.named[bad].grad
+        grad[(-1,) * grad.ndim] = math.inf
     if clip is not None:
         scaler.unscale_(optimizer)
         clip_gradients(problem, clip)

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from mbf_optim import MBF
+from test_mbf import FORMS, Pair
 from test_param_groups import Problem, assert_same
 from torch import nn
 from torch.optim import lr_scheduler
@@ -63,41 +64,63 @@ class Scheduled:
     def step(self):
         self.problem.backward(self.steps)
         self.optimizer.step()
-        self.scheduler.step(*[1.0] * isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau))
+        advance(self.scheduler)
         self.steps += 1
+
+
+def advance(scheduler):
+    scheduler.step(*[1.0] * isinstance(scheduler, lr_scheduler.ReduceLROnPlateau))
 
 
 def number(lr):
     return torch.tensor(lr, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("lr", [float, number], ids=["float", "tensor"])
-@pytest.mark.parametrize("capturable", [False, True], ids=["plain", "capturable"])
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_schedule_is_that_of_sgd_and_counts(name, capturable, lr):
-    """lr and momentum go as in torch's SGD; the steps are those of an optimizer that has them set by hand."""
-    ours = Scheduled(name, lr, capturable=capturable)
-    by_hand = Scheduled("ConstantLR", lr, capturable=capturable)
-    sgd = Scheduled(name, optimizer=torch.optim.SGD)
+MODES = {
+    "float": dict(lr=float),
+    "tensor": dict(lr=number),
+    "capturable": dict(lr=number, capturable=True),
+}
+over_schedulers = pytest.mark.parametrize("name", SCHEDULERS)
+over_modes = pytest.mark.parametrize("mode", MODES)
+
+
+@over_modes
+@over_schedulers
+def test_a_schedule_is_that_of_sgd(name, mode):
+    """lr and momentum of every group, from step to step, as torch's SGD has them."""
+    ours, sgd = Scheduled(name, **MODES[mode]), Scheduled(name, optimizer=torch.optim.SGD)
     seen = set()
-    for step in range(STEPS):
+    for _ in range(STEPS):
         assert ours.values() == sgd.values()
         seen.update(ours.values())
-        for group, (rate, momentum) in zip(by_hand.optimizer.param_groups, sgd.values(), strict=True):
-            group.update(lr=lr(rate), momentum=momentum)
-        by_hand.problem.backward(step)
-        by_hand.optimizer.step()
         ours.step()
         sgd.step()
     assert len(seen) > 2, "nothing was scheduled"
-    assert_same(ours.problem, by_hand.problem)
 
 
-@pytest.mark.parametrize("lr", [float, number], ids=["float", "tensor"])
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_schedule_resumes(name, lr):
+@pytest.mark.parametrize("form", FORMS)
+@over_modes
+@over_schedulers
+def test_a_schedule_counts_at_the_next_step(name, mode, form):
+    """The steps are those of the brute-force optimizer that has lr and momentum set by hand."""
+    options = MODES[mode] | dict(lr=MODES[mode]["lr"](0.01), damping=0.1)
+    pair = Pair("mlp", torch.float64, FORMS[form] | options)
+    (group,) = pair.run.optimizer.param_groups
+    scheduler = SCHEDULERS[name](pair.run.optimizer)
+    for _ in range(STEPS):
+        for layer in pair.brute.layers:
+            layer.o.update(lr=float(group["lr"]), momentum=group["momentum"])
+        pair.step()
+        advance(scheduler)
+    pair.check(1e-9)
+
+
+@over_modes
+@over_schedulers
+def test_a_schedule_resumes(name, mode):
     """From the checkpoints of optimizer and scheduler, in objects made anew."""
-    straight, resumed = (Scheduled(name, lr) for _ in range(2))
+    straight, resumed = (Scheduled(name, **MODES[mode]) for _ in range(2))
     for _ in range(4):
         straight.step()
     saved = copy.deepcopy((straight.optimizer.state_dict(), straight.scheduler.state_dict()))
@@ -167,49 +190,79 @@ def test_averaged_weights(decay):
 # ---- compiled models
 
 
-@pytest.fixture(params=["eager", "inductor"])
-def compiler(request):
-    """torch.compile, to which a second compilation of the same is an error."""
+@pytest.fixture
+def compile_once():
+    """torch.compile, to which it is an error to compile anything a second time."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        yield partial(torch.compile, backend=request.param)
+        yield torch.compile
     torch._dynamo.reset()
 
 
-LRS = {"float": lambda: 0.01, "tensor": lambda: torch.tensor(0.01), "capturable": lambda: torch.tensor(0.01)}
+def scheduled(model, mode):
+    """An optimizer, and a scheduler that changes its lr and momentum at every step."""
+    options = MODES[mode] | dict(lr=MODES[mode]["lr"](0.01))
+    optimizer = MBF(model.named_parameters(), **options)
+    return optimizer, lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=50)
 
 
-@pytest.mark.parametrize("kind", LRS)
-def test_a_compiled_model_is_compiled_once(compiler, kind):
-    """However lr and momentum go, through optimizer steps that are not compiled."""
+@over_modes
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_compiled_model_is_compiled_once(compile_once, backend, mode):
     model = network()
-    optimizer = MBF(model.named_parameters(), lr=LRS[kind](), capturable=kind == "capturable")
-    scheduler = lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=50)
-    forward = compiler(loss_of)
+    optimizer, scheduler = scheduled(model, mode)
+    compiled = compile_once(loss_of, backend=backend)
     losses = []
     for step in range(50):
         optimizer.zero_grad()
-        losses.append(forward(model, *batch(step % 4)))
+        losses.append(compiled(model, *batch(step % 4)))
         losses[-1].backward()
         optimizer.step()
         scheduler.step()
     assert sum(losses[-4:]) < sum(losses[:4])
 
 
-@pytest.mark.parametrize("kind", LRS)
-def test_a_step_inside_compiled_code_is_the_plain_step(compiler, kind):
-    """Whoever compiles a whole iteration, or the step, gets the same weights, and again no second compilation."""
-    models = [network() for _ in range(2)]
-    optimizers = [
-        MBF(model.named_parameters(), lr=LRS[kind](), capturable=kind == "capturable") for model in models
-    ]
-    steps = [optimizers[0].step, compiler(optimizers[1].step)]
-    for model, optimizer, step_ in zip(models, optimizers, steps, strict=True):
-        scheduler = lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=50)
-        for step in range(50):
+@over_modes
+@pytest.mark.parametrize("part", ["step", "iteration"])
+def test_compiled_code_may_step(compile_once, part, mode):
+    """Who compiles the step, or all of an iteration, gets the plain step, and compiles once."""
+    models = [network(), network()]
+    for model, compiled in zip(models, (False, True), strict=True):
+        optimizer, scheduler = scheduled(model, mode)
+        if compiled and part == "step":
+            optimizer.step = compile_once(optimizer.step, backend="eager")
+
+        def iteration(x, target, model=model, optimizer=optimizer):
             optimizer.zero_grad()
-            loss_of(model, *batch(step)).backward()
-            step_()
+            loss_of(model, x, target).backward()
+            optimizer.step()
+
+        if compiled and part == "iteration":
+            iteration = compile_once(iteration, backend="eager")
+        for step in range(50):
+            iteration(*batch(step))
             scheduler.step()
     for plain, compiled in zip(*(model.parameters() for model in models), strict=True):
         assert_bitwise(compiled, plain)
+
+
+def test_a_compiled_model_inside_a_closure_stays_compiled(compile_once):
+    calls = []
+
+    def backend(graph, _):
+        return lambda *args: calls.append("compiled") or graph(*args)
+
+    model = network()
+    optimizer, scheduler = scheduled(model, "float")
+    compiled = compile_once(loss_of, backend=backend)
+
+    def closure(step):
+        optimizer.zero_grad()
+        loss = compiled(model, *batch(step))
+        loss.backward()
+        return loss
+
+    for step in range(4):
+        optimizer.step(partial(closure, step))
+        scheduler.step()
+    assert len(calls) == 4

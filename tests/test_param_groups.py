@@ -1,4 +1,4 @@
-"""Which parameters step, and with which options: param groups, and tensors frozen, tied, empty or without a gradient."""
+"""Which parameters step, and how: options of groups; tensors frozen, tied, empty or without a gradient."""
 
 import copy
 import inspect
@@ -18,6 +18,7 @@ SHAPES = {
     "linear.bias": (4,),
     "table.weight": (6, 4),
     "norm.weight": (5,),
+    "half.weight": (4, 6),  # bfloat16
 }
 # For every option a value that is not the default, with what it needs beside it.
 OVERRIDES = {
@@ -39,6 +40,8 @@ OVERRIDES = {
     "eps": dict(eps=1e-2),
     "maximize": dict(maximize=True),
     "capturable": dict(capturable=True),
+    "master_weights": dict(master_weights=True),
+    "stochastic_rounding": dict(stochastic_rounding=True),
 }
 over_options = pytest.mark.parametrize("option", OVERRIDES)
 
@@ -50,9 +53,10 @@ class Problem:
         self.named, self._centre = {}, {}
         for i, (name, shape) in enumerate(shapes.items()):
             layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-            start = randn(*shape, dtype=dtype, device=device, seed=100 * seed + i)
+            kind = dict(dtype=torch.bfloat16 if name.startswith("half") else dtype, device=device)
+            start = randn(*shape, **kind, seed=100 * seed + i)
             self.named[name] = nn.Parameter(start.to(memory_format=layout))
-            self._centre[name] = randn(*shape, dtype=dtype, device=device, seed=100 * seed + 50 + i)
+            self._centre[name] = randn(*shape, **kind, seed=100 * seed + 50 + i)
 
     def loss(self, step=None):
         """Half the squared distance to the centre, or to the one that ``step`` sees."""
@@ -292,7 +296,7 @@ def test_zero_grad():
 
 def test_a_zero_gradient_is_a_gradient():
     """Momentum carries on, as with torch's optimizers; without a gradient nothing moves."""
-    problem = Problem()
+    problem = Problem(shapes={name: shape for name, shape in SHAPES.items() if name != "half.weight"})
     optimizer = MBF(problem.named.items(), lr=0.01)
     train(problem, optimizer, 1)
     for to_none in (False, True):

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from mbf_optim import MBF
-from optimizer_info import DEVICES, INFO, assert_equal_trees, over_inputs
+from optimizer_info import DEVICES, INFO, Maker, assert_equal_trees, over_inputs
 from test_mbf import PARTITIONS
 from test_param_groups import OVERRIDES, Problem, assert_same, train
 
@@ -83,14 +83,15 @@ def test_there_is_a_state_to_load_into_before_the_first_step(make):
 @over_inputs
 @pytest.mark.parametrize("travel", [through_a_file, lambda value: pickle.loads(pickle.dumps(value))], ids=str)
 def test_what_is_loaded_is_what_was_saved(make, travel):
+    """To the last bit; and the steps after it leave the checkpoint as it is."""
     run = trained(make)
-    saved = run[1].state_dict()
-    loaded = travel(saved)
+    saved = copy.deepcopy(run[1].state_dict())
+    loaded = travel(run[1].state_dict())
     assert_equal_trees(loaded, saved)
     other = resumed(run, make, loaded)
     assert_equal_trees(other[1].state_dict(), saved)
-    assert_equal_trees(loaded, saved)
     assert_go_on_alike(run, other)
+    assert_equal_trees(loaded, saved)
 
 
 @over_inputs
@@ -174,6 +175,29 @@ def test_names_do_not_decide_what_loads(partition, saved_named, loads_named):
     assert_go_on_alike(run, other)
 
 
+BAD = {
+    "another number of groups": lambda saved: saved["param_groups"].append(saved["param_groups"][0]),
+    "another number of parameters": lambda saved: saved["param_groups"][0]["params"].pop(),
+    "momentum of another shape": lambda saved: saved["state"][0].update(momentum=torch.zeros(3, 4, 3, 3)),
+    "no momentum": lambda saved: saved["state"][2].pop("momentum"),
+    "no matrices": lambda saved: saved["state"][0].pop("fisher"),
+    "matrices of another size": lambda saved: saved["state"][0].update(fisher=torch.zeros(4, 3, 10)),
+    "no step": lambda saved: saved["state"][5].pop("step"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_refused_checkpoint_changes_nothing(bad):
+    run = trained(Maker("cpu", 0))
+    saved = copy.deepcopy(run[1].state_dict())
+    BAD[bad](saved)
+    other = trained(Maker("cpu", 0))
+    with pytest.raises(ValueError):
+        other[1].load_state_dict(saved)
+    assert_equal_trees(other[1].state_dict(), run[1].state_dict())
+    assert_go_on_alike(run, other)
+
+
 # ---- copies
 
 
@@ -205,9 +229,7 @@ def test_copies_go_on_alike_and_apart(make, duplicate):
 @pytest.mark.parametrize("missing", OVERRIDES)
 def test_pickles_from_before_an_option_was_added_load(missing):
     """Whole optimizers, whose defaults lack the option as well."""
-    run = Problem(), None
-    run = run[0], MBF(run[0].named.items())
-    train(*run, 3)
+    run = trained(Maker("cpu", 0))
     problem, state = copy.deepcopy((run[0], run[1].__getstate__()))
     for options in (state["defaults"], *state["param_groups"]):
         del options[missing]
