@@ -273,4 +273,5 @@ def _divides(tensor: Tensor, count: int, size: int) -> bool:
 
 
 def _repeats(tensor: Tensor) -> bool:
-    return any(stride == 0 and extent > 1 for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    extents = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.numel() > 0 and any(stride == 0 and extent > 1 for extent, stride in extents)

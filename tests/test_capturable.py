@@ -236,7 +236,7 @@ def test_lazy_intervals_are_refused_by_name():
 def test_bad_tensors(name):
     w = nn.Parameter(torch.ones(3, 4))
     for bad, error in (
-        (torch.ones(2), TypeError),
+        (torch.ones(2), ValueError),
         (torch.tensor(1), TypeError),
         (torch.tensor(1.0, dtype=torch.float16), TypeError),
         (torch.tensor(-1.0), ValueError),

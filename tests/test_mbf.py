@@ -425,12 +425,6 @@ def test_state_dict_holds_canonical_matrices():
     assert_relative(packed, (1 - 0.9) * g[..., row] * g[..., column], 1e-14)
 
 
-def test_load_state_dict_refuses_another_optimizer():
-    optimizer = MBF([nn.Parameter(torch.ones(3, 4))])
-    with pytest.raises((ValueError, KeyError)):
-        optimizer.load_state_dict(MBF([nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(2))]).state_dict())
-
-
 @over_forms
 def test_state_dict_before_the_first_step_and_after_observe(form):
     for observed in (0, 2):
@@ -446,45 +440,6 @@ def test_state_dict_before_the_first_step_and_after_observe(form):
             assert_bitwise(a, b)
 
 
-def test_deepcopy_goes_its_own_way():
-    run = Run("conv2d", torch.float64, {})
-    run.step()
-    other = copy.deepcopy(run)
-    for r in (run, other):
-        r.step()
-    for a, b in zip(run.weights(), other.weights(), strict=True):
-        assert_bitwise(a, b)
-    other.step()
-    assert all((a != b).any() for a, b in zip(run.weights(), other.weights(), strict=True))
-
-
-def test_param_groups_have_their_own_options():
-    """Each group as if it were alone; a group added later starts at its own t = 0."""
-
-    def tensors():
-        return [nn.Parameter(randn(4, 6, seed=s)) for s in range(3)]
-
-    options = [
-        dict(lr=0.1, blocks="row"),
-        dict(blocks="column", damping=1.0, weight_decay=0.1),
-        dict(graft=None, lr=1e-3),
-    ]
-    together, alone = tensors(), tensors()
-    optimizer = MBF([dict(params=[p], **o) for p, o in zip(together[:2], options[:2], strict=True)], lr=0.01)
-    single = [MBF([p], **(dict(lr=0.01) | o)) for p, o in zip(alone, options, strict=True)]
-    for step in range(6):
-        if step == 3:
-            optimizer.add_param_group(dict(params=[together[2]], **options[2]))
-        for i, (p, q) in enumerate(zip(together, alone, strict=True)):
-            p.grad = randn(4, 6, seed=10 * step + i)
-            q.grad = p.grad.clone()
-            if i < 2 or step >= 3:
-                single[i].step()
-        optimizer.step()
-    for p, q in zip(together, alone, strict=True):
-        assert_bitwise(p, q)
-
-
 def test_changing_a_group_changes_the_next_step():
     """lr, damping, momentum and weight_decay may be scheduled, as in torch."""
     options = GRAFTED | dict(lr=1e-2, damping=1e-2)
@@ -496,17 +451,6 @@ def test_changing_a_group_changes_the_next_step():
             layer.o.update(changes)
         pair.step()
     pair.check(1e-9)
-
-
-def test_lr_schedulers():
-    run = Run("mlp", torch.float64, dict(lr=0.1))
-    scheduler = torch.optim.lr_scheduler.StepLR(run.optimizer, step_size=1, gamma=0.0)
-    run.step()
-    scheduler.step()
-    before = run.weights()
-    run.step()
-    for a, b in zip(run.weights(), before, strict=True):
-        assert_bitwise(a, b)
 
 
 def test_closure():
@@ -575,20 +519,6 @@ def test_a_half_without_gradient_in_some_steps(form):
         optimizer.step()
         for name, p in layer.named_parameters():
             assert (p == before[name]).all() if name == missing else (p != before[name]).all()
-
-
-@over_forms
-def test_empty_parameters(form):
-    shapes = [(0,), (0, 5), (3, 0), (0, 2, 3, 3), (2, 0, 3, 3), (4, 5)]
-    tensors = [nn.Parameter(torch.ones(shape)) for shape in shapes]
-    optimizer = MBF(tensors, **FORMS[form])
-    for _ in range(2):
-        for p in tensors:
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-    assert (tensors[-1] != 1).all()
-    optimizer.load_state_dict(optimizer.state_dict())
-    str(optimizer.report())
 
 
 def test_float32_and_float64_together():

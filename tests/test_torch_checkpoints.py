@@ -12,6 +12,10 @@ from test_mbf import PARTITIONS
 from test_param_groups import OVERRIDES, Problem, assert_same, train
 
 
+def through_pickle(value):
+    return pickle.loads(pickle.dumps(value))
+
+
 def through_a_file(value, weights_only=True):
     file = io.BytesIO()
     torch.save(value, file)
@@ -81,7 +85,7 @@ def test_there_is_a_state_to_load_into_before_the_first_step(make):
 
 
 @over_inputs
-@pytest.mark.parametrize("travel", [through_a_file, lambda value: pickle.loads(pickle.dumps(value))], ids=str)
+@pytest.mark.parametrize("travel", [through_a_file, through_pickle])
 def test_what_is_loaded_is_what_was_saved(make, travel):
     """To the last bit; and the steps after it leave the checkpoint as it is."""
     run = trained(make)
@@ -203,7 +207,7 @@ def test_a_refused_checkpoint_changes_nothing(bad):
 
 DUPLICATES = {
     "deepcopy": copy.deepcopy,
-    "pickle": lambda run: pickle.loads(pickle.dumps(run)),
+    "pickle": through_pickle,
     "torch.save": lambda run: through_a_file(run, weights_only=False),
 }
 

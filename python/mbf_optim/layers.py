@@ -102,13 +102,15 @@ class Layer:
 def layers_of(group: dict, index_of_first: int, states: Mapping[Tensor, dict]) -> list[Layer]:
     """The layers of a param group. Biases are known by name: "x.bias" joins "x.weight".
 
-    A tensor that has been stepped keeps the blocks that it was stepped with, whatever ``graft`` is now. Raises
-    ValueError where they fit the other options no more, TypeError for a parameter that cannot be stepped.
+    A tensor that is there under several names is stepped once, as the first. One that has been stepped keeps the blocks
+    that it was stepped with, whatever ``graft`` is now. Raises ValueError where they fit the other options no more,
+    TypeError for a parameter that cannot be stepped.
     """
     params = group["params"]
     names = group.get("param_names") or [f"param {index_of_first + i}" for i in range(len(params))]
-    by_name = dict(zip(names, params, strict=True))
-    biases = {name: by_name.get(name.removesuffix("weight") + "bias") for name in names if name.endswith("weight")}
+    first_names = {id(param): name for name, param in reversed(list(zip(names, params, strict=True)))}
+    by_name = {name: param for name, param in zip(names, params, strict=True) if first_names[id(param)] == name}
+    biases = {name: by_name.get(name.removesuffix("weight") + "bias") for name in by_name if name.endswith("weight")}
     of_weights = {name: _layer(name, by_name[name], bias, group, states) for name, bias in biases.items()}
     joined = {id(layer.bias) for layer in of_weights.values()}
     return [

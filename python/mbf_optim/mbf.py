@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
+from inspect import Parameter, signature
 from itertools import accumulate
 
 import torch
@@ -142,7 +144,7 @@ class MBF(Optimizer):
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict) -> None:
-        super().add_param_group(param_group)
+        super().add_param_group(copy(param_group))  # the caller's stays as it is
         self._forget()
         group = self.param_groups[-1]
         try:
@@ -157,10 +159,11 @@ class MBF(Optimizer):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._forget()
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+        for options in (self.defaults, *self.param_groups):  # pickles and checkpoints may lack newer ones
+            for name, value in (_DEFAULTS | self.defaults).items():
+                options.setdefault(name, value)
 
+    @torch._disable_dynamo  # compiled code calls it as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step for every parameter that has a gradient; returns the closure's loss.
@@ -318,3 +321,7 @@ class MBF(Optimizer):
             bytes=size,
             skipped=int(state.get("skipped", 0)),
         )
+
+
+_PARAMETERS = signature(MBF).parameters.values()
+_DEFAULTS = {option.name: option.default for option in _PARAMETERS if option.default is not Parameter.empty}

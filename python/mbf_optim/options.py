@@ -78,6 +78,8 @@ def _is_count(value: object) -> bool:
 
 
 def _number(name: str, value: object) -> float:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"MBF: Tensor {name} must be 1-element, got shape {list(value.shape)}")
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):

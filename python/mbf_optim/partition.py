@@ -76,7 +76,7 @@ def partition(
 
 def joins_bias(shape: torch.Size, *, blocks: str, segment: int, grafted: bool) -> bool:
     """Whether the bias of this weight joins it as the homogeneous column: not where it would be a run of its own."""
-    if len(shape) != 2 or blocks not in ("auto", "segment", "row", "column", "grid"):
+    if len(shape) != 2 or not math.prod(shape) or blocks not in ("auto", "segment", "row", "column", "grid"):
         return False
     in_segments = blocks == "segment" or (blocks == "auto" and _automatic(shape, 1, grafted) == "segment")
     return not in_segments or shape[1] % segment > 0

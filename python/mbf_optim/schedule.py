@@ -56,24 +56,23 @@ class HostClock:
 
 
 class DeviceClock:
-    """Four float64 numbers: t, 1 - mu^t, 1 - beta_2^t and the weight of F. F is updated at every step."""
+    """Two float64 numbers: t and the weight of F, which is updated at every step."""
 
     def __init__(self, values: Tensor):
         self.values = values
+        self.moments: tuple[Tensor, ...] = ()  # 1 - mu^t and 1 - beta_2^t, made of t: mu may be scheduled
 
     @classmethod
-    def of(cls, numbers: dict, group: dict, device: torch.device) -> DeviceClock:
-        t, fisher_weight = numbers["step"], numbers["fisher_weight"]
-        values = [t, 1 - group["momentum"] ** t, 1 - group["diagonal_decay"] ** t, fisher_weight]
-        return cls(torch.tensor(values, dtype=torch.float64, device=device))
+    def of(cls, numbers: dict, device: torch.device) -> DeviceClock:
+        return cls(torch.tensor([numbers["step"], numbers["fisher_weight"]], dtype=torch.float64, device=device))
 
     def weights(self, group: dict) -> tuple[Tensor, Tensor, Tensor]:
-        _, momentum, square, fisher = self.values.unbind()
-        return momentum, square, fisher.clamp_min(1e-30) if group["decay"] == 1 else fisher  # F stays 0 then
+        fisher = self.values[1]
+        return *self.moments, fisher.clamp_min(1e-30) if group["decay"] == 1 else fisher  # F stays 0 then
 
     def numbers(self) -> dict:
         """Waits for the device."""
-        step, _, _, fisher_weight = self.values.tolist()
+        step, fisher_weight = self.values.tolist()
         return {"step": int(step), "fisher_weight": fisher_weight}
 
     def copy(self) -> DeviceClock:
@@ -81,10 +80,20 @@ class DeviceClock:
 
 
 def advance_on_device(clocks: list[DeviceClock], group: dict) -> None:
-    decays = [1.0, group["momentum"], group["diagonal_decay"], group["decay"]]
+    if not clocks:
+        return
+    decay = group["decay"]
     numbers = [number for clock in clocks for number in clock.values.unbind()]
-    torch._foreach_mul_(numbers, decays * len(clocks))
-    torch._foreach_add_(numbers, [1.0, *(1 - decay for decay in decays[1:])] * len(clocks))
+    torch._foreach_mul_(numbers, [1.0, decay] * len(clocks))
+    torch._foreach_add_(numbers, [1.0, 1 - decay] * len(clocks))
+    moments = []
+    for name in ("momentum", "diagonal_decay"):
+        sums = torch._foreach_pow(group[name], [clock.values[0] for clock in clocks])
+        torch._foreach_neg_(sums)
+        torch._foreach_add_(sums, 1.0)
+        moments.append(sums)
+    for clock, momentum, square in zip(clocks, *moments, strict=True):
+        clock.moments = (momentum, square)
 
 
 def share_clocks(states: list[dict], update_intervals: list[int], others: Iterable[dict], group: dict) -> None:
@@ -105,7 +114,7 @@ def share_clocks(states: list[dict], update_intervals: list[int], others: Iterab
             key = (update_interval, *numbers.values(), state["momentum"].device)
             if key not in fresh:
                 device = state["momentum"].device
-                fresh[key] = DeviceClock.of(numbers, group, device) if group["capturable"] else HostClock(**numbers)
+                fresh[key] = DeviceClock.of(numbers, device) if group["capturable"] else HostClock(**numbers)
             clock = fresh[key]
         elif taken.setdefault(id(clock), update_interval) != update_interval:
             refuse_capture("a step of layers that have stepped together with others so far")
