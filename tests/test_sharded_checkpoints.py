@@ -160,3 +160,28 @@ def refused():
 def test_states_of_other_partitions_are_refused():
     for before, after in run(2, refused):
         assert_same(after, before, "unchanged", 0.0)
+
+
+def stepped_without_gradients(folder):
+    """A state that has been thrown away: torch steps the optimizer with zero gradients, then loads."""
+    case = "grafted, auto, old factors"
+    model, optimizer = prepared(case, (2,))
+    train(model, optimizer, FIRST)
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    checkpoint.save(parts, checkpoint_id=folder)
+    optimizer.zero_grad()
+    optimizer.state.clear()
+    before = [param.to_local().clone() for param in model.parameters()]
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    assert {int(state["step"]) for state in parts["optimizer"]["state"].values() if "step" in state} == {1}
+    for param, value in zip(model.parameters(), before, strict=True):
+        assert_bitwise(param.to_local(), value)
+    checkpoint.load(parts, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+    train(model, optimizer, REST)
+    return outcome(model, optimizer)
+
+
+def test_a_step_without_gradients_does_no_harm(tmp_path):
+    for found in run(2, stepped_without_gradients, tmp_path):
+        assert_same(found, alone("grafted, auto, old factors", range(2 * STEPS)), "dummy step")
