@@ -1,4 +1,7 @@
-"""What the examples train: a small convolutional network on scikit-learn's handwritten digits, 8 x 8 pixels each."""
+"""What the examples train: a small convolutional network on scikit-learn's handwritten digits, 8 x 8 pixels each.
+
+They run on a CPU, where a resumed run ends in the same bits as an undisturbed one.
+"""
 
 import torch
 from sklearn.datasets import load_digits
@@ -14,8 +17,8 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(images[:1440], labels[:1440]), TensorDataset(images[1440:], labels[1440:])
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
@@ -27,8 +30,7 @@ def network() -> nn.Module:
 def accuracy(model: nn.Module, test: TensorDataset) -> float:
     """The share of the test images that ``model`` names right."""
     images, labels = test.tensors
-    device = next(model.parameters()).device
-    return (model.eval()(images.to(device)).argmax(1).cpu() == labels).float().mean().item()
+    return (model.eval()(images).argmax(1) == labels).float().mean().item()
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> str:

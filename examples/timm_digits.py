@@ -1,5 +1,4 @@
-"""MBF by the options of timm's training script: decay groups, layer decay, a schedule, accumulation, clipping, mixed
-precision, and a resumed run.
+"""MBF by the options of timm's training script, layer decay among them; and a resumed run.
 
 pip install timm "mbf-kernels[demo]"
 python examples/timm_digits.py --opt mbf --lr 6e-3 --opt-kwargs decay=0.95 --amp-dtype bfloat16
@@ -24,7 +23,7 @@ default_registry.register(OptimInfo("mbf", MBF, "Mini-Block Fisher", has_momentu
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--opt", default="mbf")
     parser.add_argument("--lr", type=float, default=6e-3)
     parser.add_argument("--momentum", type=float, default=0.9)
@@ -35,9 +34,9 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def trained(data, args: argparse.Namespace, folder: str, checkpoint: str | None = None):
-    """A model after ten epochs, of which ``checkpoint`` has the first five, its losses and its optimizer."""
-    torch.manual_seed(0)
+def trained(data, args: argparse.Namespace, folder: str, seed: int, checkpoint: str | None = None):
+    """A model after ten epochs, of which ``checkpoint`` has the first five, and its losses."""
+    torch.manual_seed(seed)
     model = timm.create_model("test_vit", img_size=8, patch_size=2, in_chans=1, num_classes=10, depth=2)
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
     first = resume_checkpoint(model, checkpoint, optimizer) if checkpoint else 0
@@ -58,16 +57,16 @@ def trained(data, args: argparse.Namespace, folder: str, checkpoint: str | None 
         schedule.step(epoch + 1)
         if not checkpoint:
             saver.save_checkpoint(epoch)
-    return model, losses, optimizer
+    return model, losses
 
 
 def main():
     args = options()
     data, test = digits()
     with tempfile.TemporaryDirectory() as folder:
-        model, losses, optimizer = trained(data, args, folder)
+        model, losses = trained(data, args, folder, seed=0)
         print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, accuracy {accuracy(model, test):.3f}")
-        resumed, *_ = trained(data, args, folder, f"{folder}/checkpoint-{EPOCHS // 2 - 1}.pth.tar")
+        resumed, _ = trained(data, args, folder, seed=1, checkpoint=f"{folder}/checkpoint-{EPOCHS // 2 - 1}.pth.tar")
         print("resumed:", same_weights(model, resumed))
 
 
