@@ -1,5 +1,6 @@
 # make demo    train three problems with MBF and its rivals; FAST=1 for a minute's worth
 # make test    the test suite
+# make examples    train under Lightning, Accelerate, Transformers and timm: the part of the suite that runs examples/
 # make bench   kernels and optimizer steps beside their peers: report.html and figures in benchmarks/results/; FAST=1 for
 #              two minutes' worth, PEERS=1 to install the libraries it compares with, OUT=folder for another place
 # make performance    docs/performance.md and the README's figures from the committed results of make bench
@@ -31,20 +32,27 @@ ARCHITECTURES ?= 90
 OPS = accuracy bad_blocks bad_input bits ops triton
 # Another K-FAC, for tests; without torchvision, which would choose the torch and which only backpack's examples import.
 CURVLINOPS = curvlinops-for-pytorch==3.0.1 backpack-for-pytorch einconv einops linear_operator opt_einsum unfoldNd
+# Training engines. Only timm finds the torchvision that it needs: the last one that imports beside any build of torch,
+# which has no wheels for Python 3.12 and newer.
+ENGINES = pytorch-lightning==2.6.6 accelerate==1.15.0 transformers==5.20.2 requests
+TIMM = timm==1.0.31 "torchvision==0.15.2; python_version < '3.12'"
 LINTERS = ruff==0.17.5 clang-format==23.1.5
 PY = $(VENV)/bin/python
 NATIVE = $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.toml
 SOURCES_CXX = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: demo test bench performance gpu gates sanitize-address sanitize-thread instructions lint format clean
+.PHONY: demo test examples bench performance gpu gates sanitize-address sanitize-thread instructions lint format clean
 
 demo: $(VENV)/installed
 	$(PY) -m benchmarks.demo $(if $(FAST),--fast)
 
-test: $(VENV)/installed $(VENV)/curvlinops
+test: $(VENV)/installed $(VENV)/curvlinops $(VENV)/engines
 	$(PY) -m pytest tests -q -n auto
 	MBF_BACKEND=emulated $(PY) -m pytest tests/test_mbf.py tests/test_partition.py tests/test_capturable.py -q -n auto
 	TRITON_INTERPRET=1 $(PY) -m pytest $(OPS:%=tests/test_%.py) -q -n auto -k triton
+
+examples: $(VENV)/engines
+	$(PY) -m pytest tests/test_examples.py -q -n auto
 
 bench: $(VENV)/installed $(if $(PEERS),$(VENV)/peers)
 	BENCH_COMMAND="$(strip make bench $(if $(FAST),FAST=1) $(if $(PEERS),PEERS=1))" \
@@ -94,6 +102,11 @@ $(VENV)/installed: $(VENV)/bin/python $(NATIVE)
 
 $(VENV)/curvlinops: $(VENV)/installed
 	$(PY) -m pip install --quiet --no-deps $(CURVLINOPS)
+	touch $@
+
+$(VENV)/engines: $(VENV)/installed
+	$(PY) -m pip install --quiet --no-compile "$(TORCH)" $(ENGINES)
+	$(PY) -m pip install --quiet --no-compile --no-deps --upgrade --target $(VENV)/timm $(TIMM)
 	touch $@
 
 $(VENV)/peers: $(VENV)/installed
