@@ -16,7 +16,7 @@ from mbf_kernels import SymmetricBlocks, accumulate_
 
 from .averages import average_over_processes
 from .copies import Copies
-from .layers import PARTITION, Layer, layers_of
+from .layers import PARTITION, Layer, layers_of, used
 from .options import check_options, keep_device_scalars, with_numbers
 from .plan import Plan
 from .report import Report, Row
@@ -87,8 +87,6 @@ class MBF(Optimizer):
     ``observe()`` after each backward of such a pass.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler leaves unscaling, and steps that overflow, to step()
-
     def __init__(
         self,
         params: ParamsT,
@@ -119,6 +117,12 @@ class MBF(Optimizer):
         check_options(defaults)
         self._forget()
         super().__init__(params, defaults)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves unscaling, and steps that overflow, to step(): with float16 gradients, which it
+        refuses to unscale. Elsewhere it does both itself: engines clip what it unscaled and see what it skipped."""
+        return any(param.dtype == torch.float16 for group in self.param_groups for param in group["params"])
 
     @classmethod
     def paper(
@@ -219,6 +223,7 @@ class MBF(Optimizer):
     def state_dict(self) -> dict:
         """As in torch; the state all tensors, matrices in canonical form: packed lower triangles [O, matrices of an
         output, T], or [R, T] where they are averaged. Of sharded parameters they are DTensors."""
+        self._layers()  # drops what torch would not find
         with self.register_state_dict_post_hook(MBF._make_canonical, prepend=True):
             return super().state_dict()
 
@@ -285,9 +290,18 @@ class MBF(Optimizer):
         made_of = [(list(map(id, group["params"])), *(group[name] for name in options)) for group in self.param_groups]
         if self._made_of != made_of:
             self._forget()
+            self._drop_unused()
             self._known_layers = [layers_of(group, first, self.state) for group, first in self._with_first()]
             self._made_of = made_of
         return zip(self.param_groups, self._known_layers, strict=True)
+
+    def _drop_unused(self) -> None:
+        """The state of parameters that others have taken the place of before a step, as under Accelerate's FSDP2."""
+        kept = {param for group in self.param_groups for param in group["params"]}
+        gone = [param for param in self.state if param not in kept]
+        if not any(used(self.state[param]) for param in gone):
+            for param in gone:
+                del self.state[param]
 
     def _with_first(self) -> Iterator[tuple[dict, int]]:
         """The groups with the numbers of their first parameters."""
