@@ -31,19 +31,27 @@ def test_it_trains_and_resumes(engine, precision, tmp_path):
     for package in packages:
         if PathFinder.find_spec(package, path + sys.path) is None:
             pytest.skip(f"{package} is not installed")
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / f"{engine}_digits.py"),
-        *(mixed if precision == "bfloat16" else []),
-    ]
-    path += filter(None, [os.environ.get("PYTHONPATH")])
+    example = str(ROOT / "examples" / f"{engine}_digits.py")
+    runs = 2 if engine == "transformers" else 1
+    check_runs([example, *(mixed if precision == "bfloat16" else [])], runs, tmp_path, path)
+
+
+def test_fully_shard(tmp_path):
+    """On two processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    check_runs([*launcher, str(ROOT / "examples" / "fully_shard_digits.py")], 1, tmp_path)
+
+
+def check_runs(command, count, folder, path=()):
+    """What Python prints of ``count`` runs."""
+    path = [*path, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, *command]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     runs = re.findall(r"^loss (\S+) -> (\S+), accuracy (\S+)$", done.stdout, re.MULTILINE)
-    resumed = re.findall(r"^resumed: (.+)$", done.stdout, re.MULTILINE)
-    assert resumed == ["the same weights"] * (2 if engine == "transformers" else 1), done.stdout
-    assert len(runs) == len(resumed)
+    assert re.findall(r"^resumed: (.+)$", done.stdout, re.MULTILINE) == ["the same weights"] * count, done.stdout
+    assert len(runs) == count
     for first, last, accuracy in runs:
         assert float(last) < 0.3 * float(first)
         assert float(accuracy) > 0.7  # of ten classes

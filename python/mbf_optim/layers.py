@@ -108,6 +108,8 @@ def layers_of(group: dict, index_of_first: int, states: Mapping[Tensor, dict]) -
     """
     params = group["params"]
     names = group.get("param_names") or [f"param {index_of_first + i}" for i in range(len(params))]
+    if len(names) != len(params):  # somebody has replaced them, as DeepSpeed does by one flat tensor
+        raise ValueError(f"MBF: expected a name for every parameter of a group, got {len(names)} for {len(params)}")
     first_names = {id(param): name for name, param in reversed(list(zip(names, params, strict=True)))}
     by_name = {name: param for name, param in zip(names, params, strict=True) if first_names[id(param)] == name}
     biases = {name: by_name.get(name.removesuffix("weight") + "bias") for name in by_name if name.endswith("weight")}

@@ -22,7 +22,7 @@ from .plan import Plan
 from .report import Report, Row
 from .scaling import overflown, unscaled
 from .schedule import capturing, intervals, on_host
-from .sharding import local
+from .sharding import check_whole, local
 from .state import canonical, check_saved, complete, needs_masters, needs_squares, take_up
 
 
@@ -314,6 +314,7 @@ class MBF(Optimizer):
         if plan is None or not plan.fits(group, self.state):
             layers = list(self._layers())[index][1]
             for layer in layers:
+                check_whole(layer.weight, layer.name)
                 if layer.has_grad():
                     complete(layer, self.state, group)
             plan = self._plans[index] = Plan(group, layers, self.state)
