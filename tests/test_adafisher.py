@@ -10,7 +10,8 @@ import pytest
 import torch
 from mbf_optim import AdaFisher, AdaFisherW
 from mbf_optim.capture import Capture
-from mbf_optim.diagonal_factors import known_layers, raw_factors
+from mbf_optim.diagonal_factors import factors, known_layers, sums
+from mbf_optim.replicas import Share
 from test_capture import LAYERS as AFFINE
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -121,6 +122,12 @@ def loops(module, h, s):
 def watched(model):
     layers = known_layers(model, {id(param) for param in model.parameters()})
     return layers, Capture(model, [layer.module for layer in layers])
+
+
+def raw_factors(layer, uses, scale=1.0):
+    """Of one process."""
+    share = Share(uses, layer.extent(uses), [layer.extent(uses)])
+    return factors(layer, share, sums(layer, share, scale).sums)
 
 
 @over_layers

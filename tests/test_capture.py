@@ -102,7 +102,8 @@ def test_means_are_those_of_rows(layer, mean):
         loss_of(outputs, mean).backward()
     uses = capture.uses(model)
     rows, seen = layer.rows(uses, mean), [layer.patches(use.inputs) for use in uses]
-    assert len(uses) == 3 and layer.samples(uses) == len(rows.inputs) == 2 * len(inputs) - 1
+    m, t = rows.inputs.shape[:2]
+    assert len(uses) == 3 and layer.extent(uses) == (m, round(rows.locations * m), t) and m == 2 * len(inputs) - 1
     abar, g = layer.means(uses, mean)
     locations = sum(patches.shape[0] * patches.shape[1] for patches in seen)
     for actual, part in ((abar, rows.inputs), (g, rows.gradients)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 from mbf_kernels import rank_one_step_
 
 from .affine import Affine
-from .capture import Use
-from .diagonal_factors import Norm, known_layers, raw_factors
+from .diagonal_factors import Norm, factors, known_layers, sums
 from .model_optimizer import ModelOptimizer, count, number, one_of, positive, scaler
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 EPSILON = 1e-6  # of the normalization
 AVERAGES: dict[str, Callable[[float], tuple[float, float]]] = {  # what remains of the old, and comes of the new
@@ -50,7 +53,7 @@ class AdaFisher(ModelOptimizer):
         relative_damping: tau > 0; ours, not the paper's: F = (lambda / lambda_l) (S H^T + lambda_l), lambda_l = tau
             times the mean of S H^T over the layer. Curvature then counts at any scale, and no step is longer than
             lr / lambda along M.
-        groups: see ModelOptimizer; H and S go by the options of the weight's group.
+        groups, process_group: see ModelOptimizer; H and S go by the options of the weight's group.
         grad_scaler: what scales the loss under autocast.
 
     Statistics that are not finite are skipped, and counted. Raises ValueError or TypeError for an option out of its
@@ -79,12 +82,13 @@ class AdaFisher(ModelOptimizer):
         relative_damping: float | None = None,
         groups: Iterable[dict] | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
+        process_group: ProcessGroup | None = None,
     ):
         defaults = {
             "lr": lr, "beta": beta, "damping": damping, "decay": decay, "update_interval": update_interval,
             "weight_decay": weight_decay, "variant": variant, "relative_damping": relative_damping,
         }  # fmt: skip
-        super().__init__(model, defaults, groups)
+        super().__init__(model, defaults, groups, process_group)
         scaler(self._title, grad_scaler)
         self._grad_scaler = grad_scaler
 
@@ -122,14 +126,16 @@ class AdaFisher(ModelOptimizer):
         return f"H {n}, S {m}", 2, max(n, m)
 
     def _update_statistics(self) -> None:
-        for layer in self._layers:
-            if uses := self._uses(layer):
-                self._observe(layer, uses, self._group(layer))
+        scale = 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale()
+        scale *= self._replicas.count  # of the loss, which is the mean of those of the processes
+        shares = self._shares(self._layers)
+        parts = ((layer, sums(layer, share, scale)) for layer, share in shares.items())
+        for layer, seen in self._replicas.totals(parts):
+            self._observe(layer, factors(layer, shares[layer], seen.sums), self._group(layer))
         self._capture.clear()
 
-    def _observe(self, layer: Affine | Norm, uses: Sequence[Use], group: dict) -> None:
+    def _observe(self, layer: Affine | Norm, new: tuple[Tensor, Tensor], group: dict) -> None:
         state = self.state[layer.weight]
-        new = raw_factors(layer, uses, 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale())
         if not all(bool(vector.isfinite().all()) for vector in new):
             self._skip(state)
             return

@@ -6,6 +6,7 @@ the sample's loss with respect to the output there. [W | b] is the matrix, its b
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .capture import Use
+from .replicas import Extent
 
 
 class Rows(NamedTuple):
@@ -24,9 +26,17 @@ class Rows(NamedTuple):
     gradients: Tensor  # g, [m, T, groups, q]
     locations: float  # T, on average
 
+    def weighted(self, root: float) -> Rows:
+        """With gradients times so much."""
+        return self if root == 1 else self._replace(gradients=root * self.gradients)
+
+    def padded(self, locations: int) -> Rows:
+        """With rows of zeros up to so many."""
+        return Rows(_padded(self.inputs, locations), _padded(self.gradients, locations), self.locations)
+
 
 @dataclass(frozen=True, eq=False)
-class ModuleLayer:
+class ModuleLayer(ABC):
     """A module with a weight. ``bias``: None also where it is frozen."""
 
     name: str
@@ -43,12 +53,19 @@ class ModuleLayer:
         """Of all that is computed from the layer: float32 at least."""
         return torch.promote_types(self.weight.dtype, torch.float32)
 
+    @abstractmethod
+    def fits(self, use: Use) -> bool:
+        """Whether the module did with its input what its class does; a subclass may do otherwise."""
+
+    @abstractmethod
+    def extent(self, uses: Sequence[Use]) -> Extent:
+        """Of all uses."""
+
 
 class Affine(ModuleLayer):
     """A Linear, Conv1d or Conv2d."""
 
     def fits(self, use: Use) -> bool:
-        """Whether the module did with its input what its class does; a subclass may do otherwise."""
         inputs, outputs = tuple(use.inputs.shape), tuple(use.gradients.shape)
         if isinstance(self.module, nn.Linear):
             return inputs[-1] == self.weight.shape[1] and outputs == (*inputs[:-1], self.weight.shape[0])
@@ -101,6 +118,9 @@ class Affine(ModuleLayer):
         ``mean_loss``: the loss was averaged over all samples, so that a sample's own gradient is that many times what
         autograd gave; otherwise it was a sum.
         """
+        if not uses:
+            groups, outputs, inputs = self.shape
+            return Rows(*(self.weight.new_zeros(0, 1, groups, n, dtype=self.dtype) for n in (inputs, outputs)), 0.0)
         passes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         for use in uses:
             inputs, gradients = self.patches(use.inputs), self._outputs(use.gradients)
@@ -111,20 +131,30 @@ class Affine(ModuleLayer):
         inputs, gradients = (_stacked(tensors) for tensors in zip(*parts, strict=True))
         return Rows(inputs, gradients * samples if mean_loss else gradients, locations)
 
-    def samples(self, uses: Sequence[Use]) -> int:
-        """m of all uses."""
-        return sum(count for _, count in {(use.forward_pass, len(self._batched(use.inputs))) for use in uses})
+    def extent(self, uses: Sequence[Use]) -> Extent:
+        passes: dict[tuple[int, int], int] = {}
+        for use in uses:
+            samples = self._samples(use)
+            locations = use.gradients.numel() // (samples * self.weight.shape[0])
+            key = use.forward_pass, samples
+            passes[key] = passes.get(key, 0) + locations
+        locations = sum(samples * each for (_, samples), each in passes.items())
+        return Extent(sum(samples for _, samples in passes), locations, max(passes.values(), default=0))
 
     def means(self, uses: Sequence[Use], mean_loss: bool) -> tuple[Tensor, Tensor]:
         """abar [groups, p] and g [groups, q], averaged over samples and locations; no rows are made for it."""
+        if not uses:
+            groups, outputs, inputs = self.shape
+            zeros = self.weight.new_zeros(groups, inputs + outputs, dtype=self.dtype)
+            return tuple(zeros.split((inputs, outputs), 1))
         inputs, gradients, counts = [], [], []
         for use in uses:
             patches = self.patches(self._batched(use.inputs).mean(0, keepdim=True))
             inputs.append(patches.mean((0, 1)))
             gradients.append(self._outputs(self._batched(use.gradients).mean(0, keepdim=True)).mean((0, 1)))
-            counts.append(len(self._batched(use.inputs)) * patches.shape[1])
+            counts.append(self._samples(use) * patches.shape[1])
         shares = [count / sum(counts) for count in counts]
-        scale = self.samples(uses) if mean_loss else 1
+        scale = self.extent(uses).samples if mean_loss else 1
         return (
             sum(share * part for share, part in zip(shares, inputs, strict=True)),
             sum(share * scale * part for share, part in zip(shares, gradients, strict=True)),
@@ -155,6 +185,9 @@ class Affine(ModuleLayer):
         if isinstance(self.module, nn.Linear):
             return gradients.reshape(len(gradients), -1, 1, gradients.shape[-1])
         return gradients.flatten(2).unflatten(1, (self.groups, -1)).permute(0, 3, 1, 2)
+
+    def _samples(self, use: Use) -> int:
+        return 1 if use.inputs.ndim == self.weight.ndim - 1 else len(use.inputs)
 
     def _batched(self, x: Tensor) -> Tensor:
         return (x[None] if x.ndim == self.weight.ndim - 1 else x).to(self.dtype)
@@ -199,6 +232,9 @@ def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     most = max(tensor.shape[1] for tensor in tensors)
-    return _joined(
-        [t if t.shape[1] == most else functional.pad(t, (0, 0, 0, 0, 0, most - t.shape[1])) for t in tensors], 0
-    )
+    return _joined([_padded(tensor, most) for tensor in tensors], 0)
+
+
+def _padded(tensor: Tensor, most: int) -> Tensor:
+    missing = most - tensor.shape[1]
+    return functional.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor

@@ -7,13 +7,14 @@ is used twice sees twice the samples. The scales are those of AdaFisher's publis
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .affine import Affine, ModuleLayer, affine_layers, layers_of
 from .capture import Use
+from .replicas import Extent, Seen, Share
 
 
 class Norm(ModuleLayer):
@@ -26,6 +27,15 @@ class Norm(ModuleLayer):
 
     def fits(self, use: Use) -> bool:
         return use.inputs.shape == use.gradients.shape
+
+    def extent(self, uses: Sequence[Use]) -> Extent:
+        """Dimension 1 counts as locations."""
+        shapes = [self.batched(use.inputs).shape for use in uses]
+        return Extent(
+            sum(shape[0] for shape in shapes),
+            sum(shape[0] * shape[1] for shape in shapes),
+            max((shape[1] for shape in shapes), default=0),
+        )
 
     def batched(self, tensor: Tensor) -> Tensor:
         """With a dimension of samples: LayerNorm does without."""
@@ -42,30 +52,46 @@ def known_layers(model: nn.Module, trained: Container[int]) -> list[Affine | Nor
     return affine_layers(model, trained) + layers_of(model, Norm, norms, trained)
 
 
-def raw_factors(layer: Affine | Norm, uses: Sequence[Use], scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """H [n], that of the bias last, and S [m]. ``scale``: of the loss."""
-    return (_affine if isinstance(layer, Affine) else _norm)(layer, uses, scale)
+def sums(layer: Affine | Norm, share: Share, scale: float = 1.0) -> Seen:
+    """Of this process's part what the factors are made of. ``scale``: of the loss."""
+    return (_affine_sums if isinstance(layer, Affine) else _norm_sums)(layer, share, scale)
 
 
-def _affine(layer: Affine, uses: Sequence[Use], scale: float) -> tuple[Tensor, Tensor]:
+def factors(layer: Affine | Norm, share: Share, totals: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """H [n], that of the bias last, and S [m], of such sums over all processes."""
+    return (_affine if isinstance(layer, Affine) else _norm)(layer, share, totals["inputs"], totals["gradients"])
+
+
+def _affine_sums(layer: Affine, share: Share, scale: float) -> Seen:
+    rows = layer.rows(share.uses, mean_loss=False)
+    gradients = (rows.gradients / scale).square().sum((0, 1)).flatten()
+    return Seen(share.locations, sums={"inputs": rows.inputs.square().sum((0, 1, 2)), "gradients": gradients})
+
+
+def _affine(layer: Affine, share: Share, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squares of inputs and of gradients; H of a convolution, over all groups, is divided by its C/g kh kw too."""
-    rows = layer.rows(uses, mean_loss=False)
-    count = len(rows.inputs) * rows.locations
+    count = sum(extent.locations for extent in share.everywhere)
     patch = 1 if isinstance(layer.module, nn.Linear) else layer.weight[0].numel()
-    h = rows.inputs.square().sum((0, 1, 2)) / (count * patch)
-    s = (rows.gradients / scale).square().sum((0, 1)).flatten() / count
-    return h, s
+    return inputs / (count * patch), gradients / count
 
 
-def _norm(layer: Norm, uses: Sequence[Use], scale: float) -> tuple[Tensor, Tensor]:
+def _norm_sums(layer: Norm, share: Share, scale: float) -> Seen:
+    sums = {
+        "inputs": layer.weight.new_zeros(share.most, dtype=layer.dtype),
+        "gradients": layer.weight.new_zeros(layer.weight.numel(), dtype=layer.dtype),
+    }
+    for use in share.uses:
+        x = layer.batched(use.inputs).to(layer.dtype)
+        sums["inputs"][: x.shape[1]] += x.transpose(0, 1).flatten(1).sum(1) / math.prod(x.shape[2:]) ** 2
+        sums["gradients"] += (layer.rows(use.gradients).to(layer.dtype) / scale).sum(0)
+    return Seen(share.locations, sums=sums)
+
+
+def _norm(layer: Norm, share: Share, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     """H = [sum_k a_k^2, size of dim 1] / B^2, with a_k the sum over all dims but 1, / T^2, T the size of dims 2 and on;
     S = (the shift's gradient)^2 / B."""
-    inputs = [layer.batched(use.inputs).to(layer.dtype) for use in uses]
-    samples = sum(map(len, inputs))
-    sums = [x.transpose(0, 1).flatten(1).sum(1) / math.prod(x.shape[2:]) ** 2 for x in inputs]
-    longest = max(map(len, sums))  # sequences may differ in length from use to use
-    h = sum(functional.pad(a, (0, longest - len(a))) for a in sums).square().sum()[None]
+    samples = sum(share.lengths)
+    h = inputs.square().sum()[None]
     if layer.bias is not None:
-        h = functional.pad(h, (0, 1), value=float(longest))
-    s = sum((layer.rows(use.gradients).to(layer.dtype) / scale).sum(0) for use in uses).square()
-    return h / samples**2, s / samples
+        h = functional.pad(h, (0, 1), value=float(share.most))
+    return h / samples**2, gradients.square() / samples

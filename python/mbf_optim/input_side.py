@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .affine import Affine, Rows
-from .kronecker import gram, input_factor, mean_diagonal
+from .kronecker import gram, mean_diagonal
+from .replicas import Seen
 
 
 class Whole:
@@ -23,8 +24,13 @@ class Whole:
     def __init__(self, layer: Affine):
         _, _, self.size = layer.shape
 
-    def blocks(self, rows: Rows) -> dict[str, Tensor]:
-        return {"A": input_factor(rows)}
+    def sums(self, rows: Rows) -> Seen:
+        """Over samples, of what the blocks are made of."""
+        return Seen(rows.locations, {"A": gram(rows.inputs)}, {})
+
+    def blocks(self, means: Seen) -> dict[str, Tensor]:
+        """Of means over samples."""
+        return {"A": means.matrices["A"]}
 
     def mean_diagonal(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """tr A / p, [groups]."""
@@ -64,17 +70,21 @@ class Uncorrelated:
         self.biased = layer.bias is not None
         self.size = self.channels + self.biased
 
-    def blocks(self, rows: Rows) -> dict[str, Tensor]:
+    def sums(self, rows: Rows) -> Seen:
         weights, _ = self._apart(rows.inputs)
         inputs = weights.movedim(-1, 2).flatten(1, 2)  # [m, T K, groups, C]
-        count = len(inputs) * self.offsets
-        mu = inputs.sum((0, 1))[:, :, None] / (count * rows.locations)
-        common = rows.locations * mu @ mu.mT
-        deviation = gram(inputs) / count - common
+        sums = {"first": inputs.sum((0, 1))[:, :, None] / self.offsets}
+        return Seen(rows.locations, {"second": gram(inputs) / self.offsets}, sums)
+
+    def blocks(self, means: Seen) -> dict[str, Tensor]:
+        locations = means.locations
+        mu = means.sums["first"] / locations
+        common = locations * mu @ mu.mT
+        deviation = means.matrices["second"] - common
         mean = deviation + self.offsets * common
         if self.biased:
-            border = rows.locations * self.offsets**0.5 * mu
-            corner = torch.full_like(border[:, :1], rows.locations)
+            border = locations * self.offsets**0.5 * mu
+            corner = torch.full_like(border[:, :1], locations)
             mean = torch.cat([torch.cat([mean, border], 2), torch.cat([border.mT, corner], 2)], 1)
         return {"A_deviation": deviation, "A_mean": mean}
 

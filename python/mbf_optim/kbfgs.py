@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from .bfgs import accepts, action_update, double_damping, gated_update, limited_
 from .capture import Use
 from .kronecker import damped, gram, inverses
 from .model_optimizer import ModelOptimizer, count, flag, number
+from .replicas import Seen, Share
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MU1 = 0.2  # of the first of the two dampings
 
@@ -26,6 +30,7 @@ class Means(NamedTuple):
     inputs: Tensor  # abar, [groups, p]
     outputs: Tensor  # h = W abar, [groups, q]
     gradients: Tensor  # g, [groups, q]
+    bound: Tensor  # of m tr A
 
 
 class Pair(NamedTuple):
@@ -41,8 +46,15 @@ class Pair(NamedTuple):
 class QuasiNewton(ModelOptimizer):
     """What both have in common: all but how H_g is kept. See KBFGS for the method and the arguments."""
 
-    def __init__(self, model: nn.Module, defaults: dict[str, Any], groups: Iterable[dict] | None, mean_loss: bool):
-        super().__init__(model, defaults, groups)
+    def __init__(
+        self,
+        model: nn.Module,
+        defaults: dict[str, Any],
+        groups: Iterable[dict] | None,
+        mean_loss: bool,
+        process_group: ProcessGroup | None,
+    ):
+        super().__init__(model, defaults, groups, process_group)
         flag(self._title, "mean_loss", mean_loss)
         self._mean_loss = mean_loss
 
@@ -102,30 +114,47 @@ class QuasiNewton(ModelOptimizer):
         groups, outputs, inputs = layer.shape
         return {"A": (groups, inputs, inputs), "s": (groups, outputs)}
 
-    def _used(self) -> dict[Affine, list[Use]]:
-        """The layers that were used, and their uses."""
-        return {layer: uses for layer in self._layers if (uses := self._uses(layer))}
+    def _means(self) -> tuple[dict[Affine, Share], dict[Affine, Means]]:
+        """Of all processes, at the weights as they are; and the layers' shares. A frozen bias is in no mean of h, and
+        drops out of s."""
+        shares = self._shares(self._layers)
+        parts = ((layer, self._own_means(layer, share)) for layer, share in shares.items())
+        means = {
+            layer: Means(outputs=layer.outputs(seen.sums["inputs"]), **seen.sums)
+            for layer, seen in self._replicas.totals(parts)
+        }
+        return shares, means
 
-    def _means(self, layer: Affine, uses: Sequence[Use]) -> Means:
-        """At the weights as they are. A frozen bias is in no mean of h, and drops out of s."""
-        inputs, gradients = layer.means(uses, self._mean_loss)
-        return Means(inputs, layer.outputs(inputs), gradients)
+    def _own_means(self, layer: Affine, share: Share) -> Seen:
+        """This process's part of them."""
+        inputs, gradients = layer.means(share.uses, self._mean_loss)
+        weight = share.own.locations / (share.divisor * share.locations)
+        sums = {"inputs": weight * inputs, "gradients": weight * gradients, "bound": _trace_bound(layer, share.uses)}
+        return Seen(share.locations, sums=sums)
 
     def _observe(self, groups: dict[Affine, dict]) -> dict[Affine, Means]:
         """Updates A; of the layers where something can be learned the means."""
-        used, means = self._used(), {}
-        bounds = [_trace_bound(layer, uses) for layer, uses in used.items()]
-        for (layer, uses), bound in zip(used.items(), _on_host(bounds), strict=True):
-            if math.isfinite(bound) and self._average_inputs(layer, uses, groups[layer]):
-                means[layer] = self._means(layer, uses)
-            else:
-                self._skip(self.state[layer.weight], layer.groups)
-        return means
+        shares, means = self._means()
+        bounds = _on_host([mean.bound for mean in means.values()])
+        finite = [layer for layer, bound in zip(means, bounds, strict=True) if math.isfinite(bound)]
+        parts = ((layer, Seen(0, {"A": self._own_inputs(layer, shares[layer])})) for layer in finite)
+        averaged = [
+            layer
+            for layer, seen in self._replicas.totals(parts)
+            if self._average_inputs(layer, seen.matrices["A"], groups[layer])
+        ]
+        for layer in means.keys() - averaged:
+            self._skip(self.state[layer.weight], layer.groups)
+        return {layer: means[layer] for layer in averaged}
 
-    def _average_inputs(self, layer: Affine, uses: Sequence[Use], group: dict) -> bool:
+    def _own_inputs(self, layer: Affine, share: Share) -> Tensor:
+        """This process's part of the mean of sum_t abar abar^T."""
+        rows = [layer.patches(use.inputs) for use in share.uses] or [layer.rows([], False).inputs]
+        return sum(map(gram, rows)) / share.divisor
+
+    def _average_inputs(self, layer: Affine, new: Tensor, group: dict) -> bool:
         """Updates A; whether that could be done."""
         state = self.state[layer.weight]
-        new = sum(gram(layer.patches(use.inputs)) for use in uses) / layer.samples(uses)
         if "A" in state:
             state["A"].lerp_(new, 1 - group["decay"])
         else:
@@ -169,11 +198,12 @@ class QuasiNewton(ModelOptimizer):
     def _learn(self, first: dict[Affine, Means], groups: dict[Affine, dict]) -> None:
         """Updates H_a and H_g, from the means at W and at W+."""
         pairs, good = [], []
-        for layer, uses in self._used().items():
-            if layer in first:
-                state, group, means = self.state[layer.weight], groups[layer], first[layer]
+        _, second = self._means()
+        for layer, means in first.items():
+            if layer in second:
+                state, group = self.state[layer.weight], groups[layer]
                 good.append(self._act(state, means.inputs, group))
-                pairs.append(self._pair(state, means, self._means(layer, uses), group))
+                pairs.append(self._pair(state, means, second[layer], group))
         refused = [(~a).sum() + (~g).sum() for a, g in zip(good, self._take(pairs), strict=True)]
         for pair, skipped in zip(pairs, _on_host(refused), strict=True):
             self._skip(pair.state, skipped)
@@ -231,6 +261,7 @@ class KBFGS(QuasiNewton):
         weight_decay: added to gradients as that of weight_decay / 2 |W|^2; s and y are of the loss alone.
         groups: see ModelOptimizer. A bias that joins a weight may be in another group: curvature goes by the weight's.
         mean_loss: whether the loss is a mean over the samples, or their sum.
+        process_group: see ModelOptimizer.
 
     Raises ValueError or TypeError for an option out of its range, for sparse gradients and for a step without closure.
 
@@ -248,9 +279,10 @@ class KBFGS(QuasiNewton):
         weight_decay: float = 0.0,
         groups: Iterable[dict] | None = None,
         mean_loss: bool = True,
+        process_group: ProcessGroup | None = None,
     ):
         options = {"lr": lr, "damping": damping, "decay": decay, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(model, options, groups, mean_loss)
+        super().__init__(model, options, groups, mean_loss, process_group)
 
     def _start(self, layer: Affine, state: dict) -> None:
         groups, outputs, _ = layer.shape
@@ -292,9 +324,10 @@ class KBFGSL(QuasiNewton):
         groups: Iterable[dict] | None = None,
         mean_loss: bool = True,
         memory: int = 100,
+        process_group: ProcessGroup | None = None,
     ):
         options = {"lr": lr, "damping": damping, "decay": decay, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(model, options | {"memory": memory}, groups, mean_loss)
+        super().__init__(model, options | {"memory": memory}, groups, mean_loss, process_group)
 
     def _start(self, layer: Affine, state: dict) -> None:
         groups, outputs, _ = layer.shape
@@ -325,7 +358,7 @@ class KBFGSL(QuasiNewton):
 def _trace_bound(layer: Affine, uses: Sequence[Use]) -> Tensor:
     """Of m tr A: no input is in more than p patches' places."""
     squares = [torch.linalg.vector_norm(use.inputs, dtype=layer.dtype).square() for use in uses]
-    return layer.shape[2] * sum(squares)
+    return layer.shape[2] * sum(squares, layer.weight.new_zeros((), dtype=layer.dtype))
 
 
 def _on_host(scalars: Sequence[Tensor]) -> list:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .affine import Affine, Rows
 from .input_side import input_side
-from .kronecker import mean_diagonal, output_factor, split_damping, update_inverses, without_denormals
+from .kronecker import gram, mean_diagonal, split_damping, update_inverses, without_denormals
 from .layerwise import LayerwiseOptimizer
 from .model_optimizer import check_range, flag, number, one_of, positive
+from .replicas import Seen, Share
 from .sampling import Residual
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 FORMS = ("factored", "unbalanced", "exact")
 
@@ -45,7 +50,7 @@ class KFAC(LayerwiseOptimizer):
         spatially_uncorrelated: SUA: inputs of a convolution are taken to have no covariance between positions. Then A
             is made of two matrices, C and C + 1 wide for C channels (of a group), instead of one of C kh kw + 1;
             docs/methods.md has the formula.
-        groups, distribution, mean_loss, grad_scaler: see LayerwiseOptimizer.
+        groups, distribution, mean_loss, grad_scaler, process_group: see LayerwiseOptimizer.
 
     A layer whose statistics or inverse are not finite keeps those it had. Raises ValueError or TypeError for an option
     out of its range and for sparse gradients.
@@ -69,13 +74,15 @@ class KFAC(LayerwiseOptimizer):
         distribution: str | Residual | None = None,
         mean_loss: bool = True,
         grad_scaler: torch.amp.GradScaler | None = None,
+        process_group: ProcessGroup | None = None,
     ):
         defaults = {
             "lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay, "decay": decay,
             "update_interval": update_interval, "factor_interval": factor_interval, "kl_clip": kl_clip,
             "damping_form": damping_form, "spatially_uncorrelated": spatially_uncorrelated,
         }  # fmt: skip
-        super().__init__(model, defaults | self._own_options(), groups, distribution, mean_loss, grad_scaler)
+        options = defaults | self._own_options()
+        super().__init__(model, options, groups, distribution, mean_loss, grad_scaler, process_group)
 
     def _own_options(self) -> dict:
         """Of a method that builds on this one."""
@@ -94,9 +101,16 @@ class KFAC(LayerwiseOptimizer):
         groups, outputs, inputs = layer.shape
         return {"A": (groups, inputs, inputs), "G": (groups, outputs, outputs)}
 
-    def _observe(self, layer: Affine, rows: Rows, state: dict, group: dict) -> None:
+    def _measured(self, layer: Affine, rows: Rows, share: Share, group: dict) -> Seen:
+        seen = input_side(layer, group).sums(rows)
+        for tensor in (*seen.matrices.values(), *seen.sums.values()):
+            tensor /= share.divisor
+        seen.matrices["G"] = gram(rows.gradients) / (share.divisor * share.locations)
+        return seen._replace(locations=share.locations)
+
+    def _observe(self, layer: Affine, seen: Seen, state: dict, group: dict) -> None:
         side = input_side(layer, group)
-        new = side.blocks(rows) | {"G": output_factor(rows)}
+        new = side.blocks(seen) | {"G": seen.matrices["G"]}
         if not all(bool(matrix.sum().isfinite()) for matrix in new.values()):
             self._skip(state)
             return

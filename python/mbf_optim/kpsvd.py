@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,12 @@ from .kronecker import mean_diagonal, split_damping, update_inverses, whitened
 from .layerwise import LayerwiseOptimizer
 from .model_optimizer import check_range, number, one_of, positive
 from .rearranged import Pair, Rearranged, norm, unit
+from .replicas import Seen, Share
 from .sampling import Residual
 from .singular_pairs import top_pair, two_pairs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 METHODS = {"kpsvd": 2, "deflation": 4, "lanczos": 8, "kfac_corrected": 2}  # iterations, at least
 FORMS = ("signed", "absolute")
@@ -49,7 +54,7 @@ class KPSVD(LayerwiseOptimizer):
         floor: of 1 + s2 s1; > 0.
         update_interval, factor_interval: the authors' are 100 and 100.
         tolerance: of the singular pairs, relative to the largest singular value (at least 100 eps).
-        groups, distribution, mean_loss, grad_scaler: see LayerwiseOptimizer.
+        groups, distribution, mean_loss, grad_scaler, process_group: see LayerwiseOptimizer.
 
     Source: A. Koroko, A. Anciaux-Sedrakian, I. Ben Gharbia, V. Gares, M. Haddou, Q. H. Tran, "Efficient approximations
     of the Fisher matrix in neural networks using Kronecker product singular value decomposition", ESAIM: ProcS 73
@@ -78,13 +83,14 @@ class KPSVD(LayerwiseOptimizer):
         distribution: str | Residual | None = None,
         mean_loss: bool = True,
         grad_scaler: torch.amp.GradScaler | None = None,
+        process_group: ProcessGroup | None = None,
     ):
         defaults = {
             "lr": lr, "method": method, "damping": damping, "momentum": momentum, "weight_decay": weight_decay,
             "decay": decay, "update_interval": update_interval, "factor_interval": factor_interval,
             "kl_clip": kl_clip, "inverse": inverse, "floor": floor, "tolerance": tolerance,
         }  # fmt: skip
-        super().__init__(model, defaults, groups, distribution, mean_loss, grad_scaler)
+        super().__init__(model, defaults, groups, distribution, mean_loss, grad_scaler, process_group)
 
     def _check(self, options: dict) -> None:
         if options["damping"] is None:
@@ -101,7 +107,17 @@ class KPSVD(LayerwiseOptimizer):
         groups, outputs, inputs = layer.shape
         return {"R": (groups, inputs, inputs), "S": (groups, outputs, outputs)}
 
-    def _observe(self, layer: Affine, rows: Rows, state: dict, group: dict) -> None:
+    def _measured(self, layer: Affine, rows: Rows, share: Share, group: dict) -> Seen:
+        """Singular pairs are no means of those of parts: all rows, then, in every process."""
+        rows = rows.weighted(share.root_weight)
+        samples = {
+            name: self._replicas.concatenated(part, share.everywhere)
+            for name, part in zip(("inputs", "gradients"), rows, strict=False)
+        }
+        return Seen(share.locations, samples=samples)
+
+    def _observe(self, layer: Affine, seen: Seen, state: dict, group: dict) -> None:
+        rows = Rows(**seen.samples, locations=seen.locations)
         lengths = [torch.linalg.vector_norm(part, dim=(1, 3)) for part in (rows.inputs, rows.gradients)]
         if not bool((lengths[0] * lengths[1]).pow(4).sum().isfinite()):  # bounds |Z|^2
             self._skip(state)

@@ -12,20 +12,8 @@ from torch import Tensor
 
 from mbf_kernels import SymmetricBlocks, factor, solve
 
-from .affine import Rows
-
 BLOCK = 128  # of symmetric products
 KERNEL_SIZE = 128  # up to here the inverses of all layers are kernels' work, above torch.linalg's
-
-
-def input_factor(rows: Rows) -> Tensor:
-    """A = (1/m) sum_n sum_t a a^T; with G, KFC (Grosse & Martens 2016, Theorem 1)."""
-    return gram(rows.inputs) / len(rows.inputs)
-
-
-def output_factor(rows: Rows) -> Tensor:
-    """G = (1/(m T)) sum_n sum_t g g^T."""
-    return gram(rows.gradients) / (len(rows.gradients) * rows.locations)
 
 
 def gram(rows: Tensor) -> Tensor:

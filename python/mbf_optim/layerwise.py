@@ -7,8 +7,8 @@ other tensor its gradient; the KL clip; weight decay and momentum as in SGD.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Container, Iterable
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from .affine import Affine, Rows, affine_layers
 from .capture import hook
 from .model_optimizer import ModelOptimizer, flag, scaler
+from .replicas import Seen, Share
 from .sampling import Residual, drawn, residual_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 EARLY = 20  # steps in which every update of the statistics is followed at once (Ren & Goldfarb's K-FAC)
 
@@ -26,8 +30,8 @@ class LayerwiseOptimizer(ModelOptimizer):
     goes by the options of the weight's.
 
     Args:
-        model, groups: see ModelOptimizer. Linear and convolutional layers are looked at; what else there is steps along
-            its gradient.
+        model, groups, process_group: see ModelOptimizer. Linear and convolutional layers are looked at; what else there
+            is steps along its gradient.
         defaults: the options of every param group, among them lr, momentum, weight_decay, kl_clip, update_interval and
             factor_interval.
         distribution: None: the statistics are those of the loss, the empirical Fisher matrix. "categorical" (over the
@@ -47,8 +51,9 @@ class LayerwiseOptimizer(ModelOptimizer):
         distribution: str | Residual | None,
         mean_loss: bool,
         grad_scaler: torch.amp.GradScaler | None,
+        process_group: ProcessGroup | None,
     ):
-        super().__init__(model, defaults, groups)
+        super().__init__(model, defaults, groups, process_group)
         flag(self._title, "mean_loss", mean_loss)
         scaler(self._title, grad_scaler)
         self._residual = None if distribution is None else residual_of(self._title, distribution)
@@ -73,7 +78,11 @@ class LayerwiseOptimizer(ModelOptimizer):
     # ------------------------------------------------------------------ what makes a method
 
     @abstractmethod
-    def _observe(self, layer: Affine, rows: Rows, state: dict, group: dict) -> None:
+    def _measured(self, layer: Affine, rows: Rows, share: Share, group: dict) -> Seen:
+        """Of this process's rows, which may be none, what the statistics are made of."""
+
+    @abstractmethod
+    def _observe(self, layer: Affine, seen: Seen, state: dict, group: dict) -> None:
         """Updates the layer's statistics, and counts in state["updates"] or, where they are not finite,
         state["skipped"]."""
 
@@ -90,12 +99,9 @@ class LayerwiseOptimizer(ModelOptimizer):
     def _update_statistics(self, layers: list[Affine], groups: dict[int, dict]) -> None:
         changed = []
         self._capture.drop_unanswered()
-        for layer in layers:
-            if uses := self._uses(layer):
-                rows = layer.rows(uses, self._mean_loss and self._residual is None)
-                self._observe(layer, self._unscaled(rows), self.state[layer.weight], groups[id(layer)])
-                self._capture.forget(layer.module)
-                changed.append(layer)
+        for layer, seen in self._replicas.totals(self._seen(layers, groups)):
+            self._observe(layer, seen, self.state[layer.weight], groups[id(layer)])
+            changed.append(layer)
         self._capture.clear()
         refreshed = [
             layer
@@ -104,6 +110,13 @@ class LayerwiseOptimizer(ModelOptimizer):
             or (layer in changed and self._early(self.state[layer.weight], groups[id(layer)]))
         ]
         self._refresh([layer for layer in refreshed if layer.weight in self.state], groups)
+
+    def _seen(self, layers: list[Affine], groups: dict[int, dict]) -> Iterator[tuple[Affine, Seen]]:
+        """One layer after another, as rows are large."""
+        for layer, share in self._shares(layers).items():
+            rows = self._unscaled(layer.rows(share.uses, self._mean_loss and self._residual is None))
+            yield layer, self._measured(layer, rows.padded(share.most), share, groups[id(layer)])
+            self._capture.forget(layer.module)
 
     @staticmethod
     def _early(state: dict, group: dict) -> bool:
@@ -179,7 +192,7 @@ class LayerwiseOptimizer(ModelOptimizer):
             found = torch.autograd.grad(reached, weights, residuals, retain_graph=True, allow_unused=True)
         for layer, gradient in zip(layers, found, strict=True):
             if gradient is None:  # it waits until statistics are due again
-                self._skip(self.state[layer.weight])
+                self._left_out.add(layer)
 
     def _awaited(self, state: dict) -> bool:
         return super()._awaited(state) and (self._residual is None or "skipped" not in state)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Container, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .affine import ModuleLayer
 from .capture import Capture, Use
+from .replicas import Extent, Replicas, Share
 from .report import Report, Row
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ModelOptimizer(Optimizer):
@@ -21,18 +26,30 @@ class ModelOptimizer(Optimizer):
     "skipped". Every group counts its steps in "step".
 
     Args:
-        model: its parameters are stepped.
+        model: its parameters are stepped. What DistributedDataParallel made of it stands for it.
         defaults: the options of every param group.
         groups: param groups of parameters of the model; None: one of all.
+        process_group: of the processes that train the model together; None: that of DistributedDataParallel, if it is
+            such a model, or else torch.distributed's default one, if it is initialized by the time of a step.
     """
 
     _layers: list[ModuleLayer]  # of the parameters that are stepped
     _like_parameters = ("momentum_buffer",)  # names in the state; all other tensors there are statistics
 
-    def __init__(self, model: nn.Module, defaults: dict[str, Any], groups: Iterable[dict] | None):
-        self._title, self._model = type(self).__name__, model
+    def __init__(
+        self,
+        model: nn.Module,
+        defaults: dict[str, Any],
+        groups: Iterable[dict] | None,
+        process_group: ProcessGroup | None,
+    ):
+        self._title = type(self).__name__
+        if isinstance(model, DistributedDataParallel):
+            model, process_group = model.module, process_group or model.process_group
         if not isinstance(model, nn.Module):
             raise TypeError(f"{self._title}: expected model to be a torch.nn.Module, got {type(model).__name__}")
+        self._model, self._replicas = model, Replicas(self._title, process_group)
+        self._left_out: set[ModuleLayer] = set()  # in this step, in this process
         params = list(model.parameters())
         if not params:
             raise ValueError(f"{self._title}: expected a model with parameters")
@@ -148,13 +165,39 @@ class ModelOptimizer(Optimizer):
     def _awaited(self, state: dict) -> bool:
         return "updates" not in state
 
+    def _shares(self, layers: Collection[ModuleLayer]) -> dict[Any, Share]:
+        """Of the layers that were seen in this step, in any process; in this one only ``layers`` are. Where a process
+        had to leave out a layer, that is counted. A collective in the steps in which statistics of any layer are due,
+        whatever got a gradient here."""
+        if self._replicas.count > 1 and not any(self._wants(layer.module) for layer in self._layers if _trains(layer)):
+            return {}
+        uses = {layer: self._uses(layer) if layer in layers else [] for layer in self._layers}
+        rows = [[*layer.extent(uses[layer]), int(layer in self._left_out)] for layer in self._layers]
+        self._left_out.clear()
+        shares = {}
+        for layer, columns in zip(self._layers, self._of_all_processes(rows), strict=True):
+            everywhere = [Extent(*extent) for *extent, _ in columns]
+            if any(left_out for *_, left_out in columns):
+                self._skip(self.state[layer.weight])
+            if any(extent.samples for extent in everywhere):
+                shares[layer] = Share(uses[layer], layer.extent(uses[layer]), everywhere)
+        return shares
+
+    def _of_all_processes(self, rows: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
+        """For every layer its row in every process."""
+        if not rows:
+            return []
+        device = self._layers[0].weight.device
+        self._replicas.agree(str([(layer.name, layer.shape) for layer in self._layers]), device)
+        return list(zip(*self._replicas.table(rows, device), strict=True))
+
     def _uses(self, layer: ModuleLayer) -> list[Use]:
-        """Of the layer in this step; none, which is counted, if its inputs have been overwritten since or are not what
-        its class expects."""
+        """Of the layer in this step; none if its inputs have been overwritten since or are not what its class
+        expects."""
         uses = self._capture.uses(layer.module)
         if all(layer.fits(use) and not use.overwritten for use in uses):
             return uses
-        self._skip(self.state[layer.weight])
+        self._left_out.add(layer)
         return []
 
     @staticmethod
@@ -193,6 +236,10 @@ class ModelOptimizer(Optimizer):
             bytes=sum(value.nbytes for s in states for value in s.values() if isinstance(value, Tensor)),
             skipped=state.get("skipped", 0),
         )
+
+
+def _trains(layer: ModuleLayer) -> bool:
+    return any(param.requires_grad for param in layer.module.parameters(recurse=False))
 
 
 def check_range(title: str, options: dict) -> None:

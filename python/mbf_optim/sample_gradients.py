@@ -13,6 +13,7 @@ from .affine import Rows
 
 WHOLE, FACTORS = "sample_gradients", ("sample_inputs", "sample_output_gradients")
 NAMES = (WHOLE, *FACTORS)
+SAMPLES_ALONG = {WHOLE: 0} | dict.fromkeys(FACTORS, 1)  # which dimension
 
 
 def kept(rows: Rows) -> dict[str, Tensor]:

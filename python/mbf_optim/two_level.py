@@ -15,7 +15,8 @@ from mbf_kernels import SymmetricBlocks, factor, solve
 from .affine import Affine, Rows
 from .kfac import KFAC
 from .model_optimizer import number, one_of
-from .sample_gradients import NAMES, Factored, Whole, kept, sample_gradients
+from .replicas import Seen, Share
+from .sample_gradients import NAMES, SAMPLES_ALONG, Factored, Whole, kept, sample_gradients
 
 FORMS = ("multiplicative", "additive")
 SPACES = ("nicolaides", "spectral", "krylov", "residual", "krylov_residual")
@@ -47,7 +48,7 @@ class TwoLevelKFAC(KFAC):
 
     These three are the same in all groups. All layers take part that had their last update in the same step as the
     latest, with as many samples. That update's inputs and output gradients, or the gradients of its samples, stay in
-    memory.
+    memory: in every process those of all of them.
 
     Sources: N. Tselepidis, J. Kohler, A. Orvieto, "Two-Level K-FAC Preconditioning for Deep Learning", 2020 (additive);
     A. Koroko and others, "Analysis and Comparison of Two-Level KFAC Methods for Training Deep Neural Networks", 2023.
@@ -87,15 +88,23 @@ class TwoLevelKFAC(KFAC):
         if options["coarse"] == "spectral" and options["spatially_uncorrelated"]:  # many eigenvectors are the lowest
             raise ValueError(f"{self._title}: expected coarse other than 'spectral' with spatially_uncorrelated")
 
-    def _observe(self, layer: Affine, rows: Rows, state: dict, group: dict) -> None:
+    def _measured(self, layer: Affine, rows: Rows, share: Share, group: dict) -> Seen:
+        root = share.root_weight
+        weighted = rows.weighted(root)
+        samples = {SUMS[0]: root * rows.inputs.sum(3), SUMS[1]: weighted.gradients.sum(3)}
+        if group["form"] == "multiplicative":
+            samples |= kept(weighted)
+        for name, part in samples.items():
+            samples[name] = self._replicas.concatenated(part, share.everywhere, SAMPLES_ALONG.get(name, 0))
+        return super()._measured(layer, rows, share, group)._replace(samples=samples)
+
+    def _observe(self, layer: Affine, seen: Seen, state: dict, group: dict) -> None:
         before = state.get("updates", 0)
-        super()._observe(layer, rows, state, group)
+        super()._observe(layer, seen, state, group)
         if state.get("updates", 0) > before:
             for name in NAMES:
                 state.pop(name, None)
-            state |= {name: part.sum(3) for name, part in zip(SUMS, rows, strict=False)}
-            if group["form"] == "multiplicative":
-                state |= kept(rows)
+            state |= seen.samples
             state["sampled"] = self.param_groups[0]["step"]
 
     def _coupled(self, gradients: Vectors, directions: Vectors, groups: dict[int, dict]) -> Vectors:
