@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from torch import distributed
 
-PRELOADED = ["torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.nn.parallel", "mbf_optim"]
+PRELOADED = [
+    "mbf_kernels.testing",
+    "mbf_optim",
+    "pytest",
+    "torch._dynamo",  # the first optimizer of a process imports it
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+]
 
 
 def run(world_size: int, function: Callable, *args: Any, timeout: float = 60.0) -> list:
