@@ -67,7 +67,7 @@ class AdaFisher(ModelOptimizer):
     """
 
     _decoupled = False
-    _like_parameters = ("average",)
+    _momentum = "average"
 
     def __init__(
         self,
@@ -155,11 +155,9 @@ class AdaFisher(ModelOptimizer):
 
     def _move_alike(self, params: list[Tensor], dtype: torch.dtype, group: dict) -> None:
         states = [self.state[param] for param in params]
-        for param, state in zip(params, states, strict=True):
+        for state in states:
             state["step"] = state.get("step", 0) + 1
-            if "average" not in state:
-                state["average"] = torch.zeros_like(param)
-        written = [*params, *(state["average"] for state in states)]
+        written = [*params, *map(self._momentum_of, params)]
         wide = [_as(dtype, tensor) for tensor in written]
         layers = {id(param): layer for layer in self._layers for param in layer.params}
         vectors = [self._curvature(param, layers.get(id(param)), dtype, group) for param in params]

@@ -58,11 +58,14 @@ class Capture:
         self._uses: dict[nn.Module, list[Use]] = {module: [] for module in modules}
         self._weights = {module: module.weight for module in self._uses}
         self._watched: dict[nn.Module, Tensor] = {}  # the parameter that has a hook
+        self._noticed = False  # whether the model, or a module, has been called
+        self.unnoticed = False  # whether a gradient has come though none had been
         self.called: set[nn.Module] = set()  # in this pass, and looked at
         hook(self, model.register_forward_pre_hook, self._begin_pass)
         hook(self, partial(model.register_forward_hook, always_call=True), self._end_pass)
         for module in self._uses:
             hook(self, partial(module.register_forward_hook, with_kwargs=True, prepend=True), self._see)
+            self._watch(module)
 
     def uses(self, module: nn.Module) -> list[Use]:
         """Where no backward pass reached the weight, as its ``grad`` was put there by hand, those of the last one."""
@@ -108,6 +111,7 @@ class Capture:
         self._unanswered = {forward_pass for forward_pass in self._unanswered if wanted(forward_pass)}
 
     def _begin_pass(self, module: nn.Module, args: tuple) -> None:
+        self._noticed = True
         if torch.is_grad_enabled():
             self._next_pass()
             self._inside = True
@@ -121,6 +125,7 @@ class Capture:
         self.called.clear()
 
     def _see(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        self._noticed = True
         if not self._looks_at(module, output):
             return
         inputs = args[0] if args else kwargs.get("input")
@@ -146,8 +151,8 @@ class Capture:
         return trains and module.weight is self._weights[module]  # another: torch.func.functional_call
 
     def _watch(self, module: nn.Module) -> None:
-        param = next(param for param in module.parameters(recurse=False) if param.requires_grad)
-        if self._watched.get(module) is not param:
+        param = next((param for param in module.parameters(recurse=False) if param.requires_grad), None)
+        if param is not None and self._watched.get(module) is not param:
             self._watched[module] = param
             hook(self, param.register_post_accumulate_grad_hook, self._arrive, module)
 
@@ -167,6 +172,7 @@ class Capture:
     def _arrive(self, module: nn.Module, param: Tensor) -> None:
         """A gradient has been added to the parameter's."""
         self._answered = True
+        self.unnoticed = not self._noticed
         for use in self._uses[module]:
             if use.arriving is not None and use.backward_pass == _backward_pass():
                 use.gradients = use.arriving if use.gradients is None else use.gradients + use.arriving
@@ -198,15 +204,20 @@ def hook(owner: object, register: Callable, method: Callable, *first: object) ->
 
 class _Hook:
     """A hook that keeps the object of its method from nothing: neither from being collected, nor the module from being
-    copied and pickled. A copy does nothing."""
+    copied and pickled. A copy does nothing. Compiled graphs end where it is called."""
 
     def __init__(self, method: Callable | None = None, *first: object):
         self._method, self._first = None if method is None else weakref.WeakMethod(method), first
+        self._uncompiled = torch.compiler.disable(_call_method_of_hook)
 
     def __call__(self, *args) -> None:
-        method = self._method and self._method()
-        if method is not None:
-            method(*self._first, *args)
+        self._uncompiled(self, *args)
 
     def __reduce__(self) -> tuple:
         return _Hook, ()
+
+
+def _call_method_of_hook(hook: _Hook, *args) -> None:
+    method = hook._method and hook._method()
+    if method is not None:
+        method(*hook._first, *args)

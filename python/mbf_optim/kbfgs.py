@@ -174,12 +174,12 @@ class QuasiNewton(ModelOptimizer):
         for layer in self._layers:
             state = self.state.get(layer.weight, {})
             if "A_inverse" in state and all(param.grad is not None for param in layer.params):
-                average = layer.joined(*[self.state[param]["momentum_buffer"] for param in layer.params])
+                average = layer.joined(*map(self._momentum_of, layer.params))
                 direction = self._product(state, average @ state["A_inverse"])
                 directions |= dict(zip(map(id, layer.params), layer.split(direction), strict=True))
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
-            moves = [directions.get(id(param), self.state[param]["momentum_buffer"]) for param in params]
+            moves = [directions.get(id(param), self._momentum_of(param)) for param in params]
             if params:
                 torch._foreach_add_(params, moves, alpha=-group["lr"])
 
@@ -187,10 +187,7 @@ class QuasiNewton(ModelOptimizer):
         params = [param for param in group["params"] if param.grad is not None]
         if not params:
             return
-        for param in params:
-            if "momentum_buffer" not in self.state[param]:
-                self.state[param]["momentum_buffer"] = torch.zeros_like(param)
-        buffers, gradients = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
+        buffers, gradients = [self._momentum_of(p) for p in params], [p.grad for p in params]
         if group["weight_decay"]:
             gradients = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])

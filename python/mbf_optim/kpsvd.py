@@ -111,7 +111,7 @@ class KPSVD(LayerwiseOptimizer):
         """Singular pairs are no means of those of parts: all rows, then, in every process."""
         rows = rows.weighted(share.root_weight)
         samples = {
-            name: self._replicas.concatenated(part, share.everywhere)
+            name: self._replicas.concatenated(part, share.lengths)
             for name, part in zip(("inputs", "gradients"), rows, strict=False)
         }
         return Seen(share.locations, samples=samples)
@@ -124,7 +124,7 @@ class KPSVD(LayerwiseOptimizer):
             return
         method = list(METHODS).index(group["method"])
         if state.setdefault("method", method) != method:  # averages of another's pairs
-            for name in state.keys() - {"momentum_buffer", "skipped"}:
+            for name in state.keys() - {self._momentum, "skipped"}:
                 del state[name]
             state["method"] = method
         pairs = self._pairs(rows, state, group)

@@ -167,10 +167,7 @@ class LayerwiseOptimizer(ModelOptimizer):
         if group["weight_decay"]:
             moves = torch._foreach_add(moves, params, alpha=group["weight_decay"])
         if group["momentum"]:
-            for param in params:
-                if "momentum_buffer" not in self.state[param]:
-                    self.state[param]["momentum_buffer"] = torch.zeros_like(param)
-            buffers = [self.state[param]["momentum_buffer"] for param in params]
+            buffers = [self._momentum_of(param) for param in params]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, moves)
             moves = buffers
@@ -196,6 +193,9 @@ class LayerwiseOptimizer(ModelOptimizer):
 
     def _awaited(self, state: dict) -> bool:
         return super()._awaited(state) and (self._residual is None or "skipped" not in state)
+
+    def _has_momentum(self, group: dict) -> bool:
+        return bool(group["momentum"])
 
     def _known_layers(self, trained: Container[int] | None) -> list[Affine]:
         return affine_layers(self._model, trained)

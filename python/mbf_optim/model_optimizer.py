@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 class ModelOptimizer(Optimizer):
     """Statistics of a layer are in ``self.state[layer.weight]``, with the number of their "updates" and of those
-    "skipped". Every group counts its steps in "step".
+    "skipped". Every group counts its steps in "step", and in a state its tensors in "state_tensors".
 
     Args:
         model: its parameters are stepped. What DistributedDataParallel made of it stands for it.
@@ -34,7 +35,7 @@ class ModelOptimizer(Optimizer):
     """
 
     _layers: list[ModuleLayer]  # of the parameters that are stepped
-    _like_parameters = ("momentum_buffer",)  # names in the state; all other tensors there are statistics
+    _momentum = "momentum_buffer"  # its name in the state; all other tensors there are statistics
 
     def __init__(
         self,
@@ -53,8 +54,10 @@ class ModelOptimizer(Optimizer):
         params = list(model.parameters())
         if not params:
             raise ValueError(f"{self._title}: expected a model with parameters")
+        self._refuse_sharded(params)
         self._loaded = False  # a state, and not stepped since
-        super().__init__([{"params": params}] if groups is None else groups, defaults | {"step": 0})
+        self._seen_whole = False  # the parameters, at a step
+        super().__init__([{"params": params}] if groups is None else groups, defaults | {"step": 0, "state_tensors": 0})
         self._capture = Capture(model, [layer.module for layer in self._known_layers(None)], self._wants)
 
     @abstractmethod
@@ -74,12 +77,26 @@ class ModelOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
+            self._refuse_sharded(self.param_groups[-1]["params"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        for param in self.param_groups[-1]["params"]:
+            state = self.state[param]  # there even if empty: checkpoints would take a step to have one
+            if param.requires_grad and self._has_momentum(self.param_groups[-1]):
+                state[self._momentum] = torch.zeros_like(param)
         self._place_of = {id(p): place for place, group in enumerate(self.param_groups) for p in group["params"]}
         self._layers = self._known_layers(self._place_of.keys())
         self._layer_of = {layer.module: layer for layer in self._layers}
+
+    def _has_momentum(self, group: dict) -> bool:
+        return True
+
+    def _momentum_of(self, param: Tensor) -> Tensor:
+        state = self.state[param]
+        if self._momentum not in state:  # its parameter was frozen, or its group had none
+            state[self._momentum] = torch.zeros_like(param)
+        return state[self._momentum]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -98,6 +115,11 @@ class ModelOptimizer(Optimizer):
             if id(param) not in joined
         )
 
+    def state_dict(self) -> dict:
+        for group in self.param_groups:
+            group["state_tensors"] = _tensors(self.state.get(param, {}) for param in group["params"])
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict) -> None:
         """As in torch, but statistics keep their own dtypes; the next step computes in that of the layer. Raises
         ValueError for a state of another method or of tensors of other shapes, and changes nothing then."""
@@ -106,7 +128,7 @@ class ModelOptimizer(Optimizer):
         self._capture.clear()
         for index, param in self._saved_params(state_dict):
             for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and name not in self._like_parameters:
+                if isinstance(value, Tensor) and name != self._momentum:
                     self.state[param][name] = value.to(param.device, copy=True)
         self._loaded = True
 
@@ -115,7 +137,7 @@ class ModelOptimizer(Optimizer):
         for layer in self._layers:
             state = self.state.get(layer.weight, {})
             for name, value in state.items():
-                if isinstance(value, Tensor) and name not in self._like_parameters:
+                if isinstance(value, Tensor) and name != self._momentum:
                     state[name] = value.to(layer.dtype)
         self._loaded = False
 
@@ -128,9 +150,15 @@ class ModelOptimizer(Optimizer):
         for group in state_dict["param_groups"]:
             if absent := self.defaults.keys() - group.keys():
                 raise ValueError(f"{self._title}: expected a state with {', '.join(sorted(absent))} in every group")
+            found = _tensors(state_dict["state"].get(index, {}) for index in group["params"])
+            if found < group["state_tensors"]:
+                raise ValueError(
+                    f"{self._title}: expected a state of {group['state_tensors']} tensors in a group, got {found}; "
+                    "torch.distributed.checkpoint fills in what an optimizer has already, so take a step before"
+                )
         layers = {id(layer.weight): layer for layer in self._layers}
         for index, param in self._saved_params(state_dict):
-            expected = dict.fromkeys(self._like_parameters, tuple(param.shape))
+            expected = {self._momentum: tuple(param.shape)}
             if id(param) in layers:
                 expected |= self._shapes(layers[id(param)])
             for name, value in state_dict["state"].get(index, {}).items():
@@ -206,14 +234,34 @@ class ModelOptimizer(Optimizer):
 
     def _evaluated(self, closure: Callable[[], float] | None) -> float | None:
         """The closure's loss, if there is one, with gradients that are dense from here on."""
+        if not self._seen_whole:  # sharding may have put others in the places of parameters since
+            self._refuse_sharded(self._model.parameters())
+            self._seen_whole = True
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._refuse_unnoticed()
         self._refuse_sparse()
         if self._loaded:
             self._conform()
         return loss
+
+    def _refuse_sharded(self, params: Iterable[Tensor]) -> None:
+        for param in params:
+            how = _sharding(param)
+            if how is not None:
+                raise TypeError(
+                    f"{self._title}: expected parameters that are whole in every process, got one that is {how}; "
+                    "DistributedDataParallel keeps them so"
+                )
+
+    def _refuse_unnoticed(self) -> None:
+        if self._capture.unnoticed:
+            raise RuntimeError(
+                f"{self._title}: expected to notice the model's forward passes, got gradients alone; a model that has "
+                "been compiled and called takes no notice of an optimizer: make that first, or torch.compiler.reset()"
+            )
 
     def _refuse_sparse(self) -> None:
         for group in self.param_groups:
@@ -240,6 +288,17 @@ class ModelOptimizer(Optimizer):
 
 def _trains(layer: ModuleLayer) -> bool:
     return any(param.requires_grad for param in layer.module.parameters(recurse=False))
+
+
+def _sharding(param: Tensor) -> str | None:
+    if getattr(param, "_fsdp_flattened", False):
+        return "flattened by FullyShardedDataParallel"
+    module = sys.modules.get("torch.distributed.tensor")  # where nobody has imported it there are no DTensors
+    return "a DTensor (fully_shard, tensor parallelism)" if module and isinstance(param, module.DTensor) else None
+
+
+def _tensors(states: Iterable[dict]) -> int:
+    return sum(isinstance(value, Tensor) for state in states for value in state.values())
 
 
 def check_range(title: str, options: dict) -> None:

@@ -95,7 +95,7 @@ class TwoLevelKFAC(KFAC):
         if group["form"] == "multiplicative":
             samples |= kept(weighted)
         for name, part in samples.items():
-            samples[name] = self._replicas.concatenated(part, share.everywhere, SAMPLES_ALONG.get(name, 0))
+            samples[name] = self._replicas.concatenated(part, share.lengths, SAMPLES_ALONG.get(name, 0))
         return super()._measured(layer, rows, share, group)._replace(samples=samples)
 
     def _observe(self, layer: Affine, seen: Seen, state: dict, group: dict) -> None:
@@ -137,10 +137,10 @@ class TwoLevelKFAC(KFAC):
 
     def _covariances(self, layers: list[Affine]) -> Tensor:
         """Those between the layers, averaged over updates as A and G are; anew where others take part."""
-        states, places = [self.state[layer.weight] for layer in layers], [self._layers.index(layer) for layer in layers]
-        first = states[0]
-        if first.get("covariances_of") != places:
-            first |= {"covariances_of": places, "covariance_updates": 0, "covariances_from": None}
+        states = [self.state[layer.weight] for layer in layers]
+        first, members = states[0], sum(2 ** self._layers.index(layer) for layer in layers)
+        if first.get("covariances_of") != members:
+            first |= {"covariances_of": members, "covariance_updates": 0, "covariances_from": -1}
         if first["covariances_from"] != first["sampled"]:
             new = covariances([[state[name] for name in SUMS] for state in states])
             first["covariance_updates"] += 1
@@ -166,7 +166,7 @@ class TwoLevelKFAC(KFAC):
     def _kept(self, damping: dict[Affine, float], make: Callable[[], Made]) -> Made:
         """From the last step, where the options and statistics that it depends on are still the same."""
         states = [self.state[layer.weight] for layer in damping]
-        values = [value for state in states for name, value in state.items() if name != "momentum_buffer"]
+        values = [value for state in states for name, value in state.items() if name != self._momentum]
         options = self.param_groups[0]
         key = options["form"], options["coarse"], *damping.values(), *map(id, values)
         if self._last is None or self._last[0] != key:
