@@ -391,6 +391,7 @@ def _untouched(model: nn.Module, groups: list[dict]) -> Iterator[None]:
     ]
     params = [*model.parameters(), *(param for group in groups for param in group["params"])]
     gradients = [param.grad for param in params]
+    values = [_value_in_a_bucket(gradient) for gradient in gradients]
     for param in params:
         param.grad = None
     try:
@@ -398,5 +399,10 @@ def _untouched(model: nn.Module, groups: list[dict]) -> Iterator[None]:
     finally:
         for module, name, buffer, value in buffers:
             setattr(module, name, buffer.copy_(value))
-        for param, gradient in zip(params, gradients, strict=True):
-            param.grad = gradient
+        for param, gradient, value in zip(params, gradients, values, strict=True):
+            param.grad = gradient if value is None else gradient.copy_(value)
+
+
+def _value_in_a_bucket(gradient: Tensor | None) -> Tensor | None:
+    """Of a gradient in memory that the next pass writes to: DistributedDataParallel's with gradient_as_bucket_view."""
+    return None if gradient is None or gradient._base is None else gradient.clone()

@@ -6,8 +6,8 @@ from torch import Tensor
 
 
 def packed(matrix: Tensor) -> Tensor:
-    """The n (n + 1) / 2 numbers of each [groups, n, n] as a rectangle, LAPACK's full packed format: of the lower triangle
-    the left half, and above it, transposed, what is right of that."""
+    """The n (n + 1) / 2 numbers of each [groups, n, n] as a rectangle, LAPACK's full packed format: of the triangle the
+    lower left, and above it the rest, transposed."""
     n = matrix.shape[1]
     width, even = n - n // 2, 1 - n % 2
     rectangle = matrix.new_zeros(len(matrix), n + even, width)
