@@ -2,12 +2,18 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
 from mbf_optim import KBFGS, KBFGSL, KFAC, KPSVD, AdaFisher, AdaFisherW, TwoLevelKFAC
 from mbf_optim.kronecker import inverses
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from mbf_kernels import SymmetricBlocks, factor
 from mbf_kernels.testing import assert_bitwise, randn
@@ -385,3 +391,91 @@ def test_options_of_one_kind():
             wrong()
     with pytest.raises(TypeError, match="expected spatially_uncorrelated to be True or False"):
         KFAC(model, spatially_uncorrelated="no")
+
+
+@pytest.fixture
+def compiler():
+    """Not Inductor, which takes seconds: what it gets is what it would be."""
+    torch.compiler.reset()
+    yield partial(torch.compile, backend="aot_eager")
+    torch.compiler.reset()
+
+
+@over_all
+@pytest.mark.parametrize("place", ["around", "in place"])
+def test_a_compiled_model_is_looked_at(kind, place, compiler):
+    models = []
+    for compiled in (False, True):
+        model = net()
+        model[2].eval()  # draws other numbers
+        options = {} if kind in QUASI else {"update_interval": 2}
+        optimizer = (KINDS | QUASI)[kind](model, lr=0.01, **options)
+        called = model
+        if compiled and place == "in place":
+            model.compile(backend="aot_eager")
+        elif compiled:
+            called = compiler(model)
+        train(called, optimizer, 3)
+        assert optimizer.state[model[3].weight]["updates"] >= 2
+        models.append(model)
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_compiled_model_may_draw_targets(compiler):
+    models = []
+    for wrap in (lambda model: model, compiler):
+        model = net()
+        model[2].eval()
+        optimizer = KFAC(model, lr=0.01, distribution="categorical")
+        train(wrap(model), optimizer, 3)
+        models.append(model)
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@over_all
+def test_a_model_that_was_compiled_and_called_before_is_refused(kind, compiler):
+    """It would not call the optimizer's hooks; once it is compiled anew it does."""
+    model = net()
+    called = compiler(model)
+    loss_of(called, 0).backward()
+    model.zero_grad()
+    optimizer = (KINDS | QUASI)[kind](model, lr=0.01)
+    before = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match="expected to notice the model's forward passes"):
+        train(called, optimizer, 1)
+    same(model, before)
+    torch.compiler.reset()
+    train(called, optimizer, 1)
+    assert optimizer.state[model[0].weight]["updates"] == 1
+
+
+@over_all
+def test_a_state_by_name_takes_no_step(kind):
+    """Where there is no state yet, torch.distributed.checkpoint would take one, with a learning rate of zero."""
+    models = []
+    for saved in (False, True):
+        model = net()
+        model[2].eval()
+        optimizer = (KINDS | QUASI)[kind](model, lr=0.01)
+        if saved:
+            state = get_optimizer_state_dict(model, optimizer)
+            set_optimizer_state_dict(model, optimizer, state)
+            assert optimizer.param_groups[0]["step"] == 0 and all(param.grad is None for param in model.parameters())
+        train(model, optimizer, 2)
+        models.append(model)
+    same(*models)
+
+
+@over_all
+def test_a_state_that_lost_statistics_is_refused(kind):
+    """As one that was filled in by name: what a new optimizer does not have yet is not filled in."""
+    model, other = net(), net(seed=1)
+    optimizer, new = ((KINDS | QUASI)[kind](m, lr=0.01) for m in (model, other))
+    train(model, optimizer, 2)
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    with pytest.raises(ValueError, match="expected a state of .* tensors in a group, got 4; .* take a step before"):
+        set_optimizer_state_dict(other, new, state, options=options)
+    assert "updates" not in new.state[other[0].weight] and new.param_groups[0]["step"] == 0

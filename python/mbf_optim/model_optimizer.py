@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,12 +49,12 @@ class ModelOptimizer(Optimizer):
             model, process_group = model.module, process_group or model.process_group
         if not isinstance(model, nn.Module):
             raise TypeError(f"{self._title}: expected model to be a torch.nn.Module, got {type(model).__name__}")
-        self._model, self._replicas = model, Replicas(self._title, process_group)
-        self._left_out: set[ModuleLayer] = set()  # in this step, in this process
         params = list(model.parameters())
         if not params:
             raise ValueError(f"{self._title}: expected a model with parameters")
         self._refuse_sharded(params)
+        self._model, self._replicas = model, Replicas(self._title, process_group, params[0].device)
+        self._left_out: set[ModuleLayer] = set()  # in this step, in this process
         self._loaded = False  # a state, and not stepped since
         self._seen_whole = False  # the parameters, at a step
         super().__init__([{"params": params}] if groups is None else groups, defaults | {"step": 0, "state_tensors": 0})
@@ -88,6 +88,7 @@ class ModelOptimizer(Optimizer):
         self._place_of = {id(p): place for place, group in enumerate(self.param_groups) for p in group["params"]}
         self._layers = self._known_layers(self._place_of.keys())
         self._layer_of = {layer.module: layer for layer in self._layers}
+        self._description = self._title + str([(layer.name, *layer.shape) for layer in self._layers])
 
     def _has_momentum(self, group: dict) -> bool:
         return True
@@ -197,27 +198,22 @@ class ModelOptimizer(Optimizer):
         """Of the layers that were seen in this step, in any process; in this one only ``layers`` are. Where a process
         had to leave out a layer, that is counted. A collective in the steps in which statistics of any layer are due,
         whatever got a gradient here."""
-        if self._replicas.count > 1 and not any(self._wants(layer.module) for layer in self._layers if _trains(layer)):
+        alone = self._replicas.count == 1
+        if not (alone or any(self._wants(layer.module) for layer in self._layers if _trains(layer))):
             return {}
         uses = {layer: self._uses(layer) if layer in layers else [] for layer in self._layers}
+        if alone and not (self._left_out or any(uses.values())):
+            return {}
         rows = [[*layer.extent(uses[layer]), int(layer in self._left_out)] for layer in self._layers]
         self._left_out.clear()
         shares = {}
-        for layer, columns in zip(self._layers, self._of_all_processes(rows), strict=True):
+        for layer, columns in zip(self._layers, self._replicas.table(rows, self._description), strict=True):
             everywhere = [Extent(*extent) for *extent, _ in columns]
             if any(left_out for *_, left_out in columns):
                 self._skip(self.state[layer.weight])
             if any(extent.samples for extent in everywhere):
                 shares[layer] = Share(uses[layer], layer.extent(uses[layer]), everywhere)
         return shares
-
-    def _of_all_processes(self, rows: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
-        """For every layer its row in every process."""
-        if not rows:
-            return []
-        device = self._layers[0].weight.device
-        self._replicas.agree(str([(layer.name, layer.shape) for layer in self._layers]), device)
-        return list(zip(*self._replicas.table(rows, device), strict=True))
 
     def _uses(self, layer: ModuleLayer) -> list[Use]:
         """Of the layer in this step; none if its inputs have been overwritten since or are not what its class

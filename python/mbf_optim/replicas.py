@@ -76,36 +76,36 @@ class Replicas:
     Args:
         title: of the optimizer, for errors.
         group: a torch.distributed group; None: the default one, if there is one when it is needed.
+        device: of numbers that are sent.
     """
 
-    def __init__(self, title: str, group: distributed.ProcessGroup | None):
+    def __init__(self, title: str, group: distributed.ProcessGroup | None, device: torch.device):
         if group is not None and not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
             raise TypeError(
                 f"{title}: expected process_group to be a torch.distributed.ProcessGroup of this process or None, "
                 f"got {group!r}"
             )
-        self._title, self._group = title, group
-        self._agreed: str | None = None
+        self._title, self._group, self._device = title, group, device
+        self._agreed: str | None = None  # what all processes have alike
 
     @property
     def count(self) -> int:
         initialized = distributed.is_available() and distributed.is_initialized()
         return distributed.get_world_size(self._group) if initialized else 1
 
-    def agree(self, layers: str, device: torch.device) -> None:
-        """Raises RuntimeError in every process if a description of what they train is not the same in all of them."""
-        if self.count > 1 and layers != self._agreed:
-            checksum = zlib.crc32(layers.encode())
-            if self._gathered(torch.tensor([checksum], device=device)).ne(checksum).any():
+    def table(self, rows: Sequence[Sequence[int]], of: str) -> list[Sequence[Sequence[int]]]:
+        """Of each row those of all processes; RuntimeError in all if what the rows are ``of`` is not the same there."""
+        if self.count == 1:
+            return [[row] for row in rows]
+        if of != self._agreed:
+            checksum = zlib.crc32(of.encode())
+            if self._gathered(torch.tensor([checksum], device=self._device)).ne(checksum).any():
                 raise RuntimeError(
                     f"{self._title}: expected the {self.count} processes of the group to train the same layers, "
                     "got different ones; process_group says which processes train a model together"
                 )
-            self._agreed = layers
-
-    def table(self, rows: Sequence[Sequence[int]], device: torch.device) -> list[list[Sequence[int]]]:
-        """The rows of every process."""
-        return [rows] if self.count == 1 else self._gathered(torch.tensor(rows, device=device)).tolist()
+            self._agreed = of
+        return self._gathered(torch.tensor(rows, device=self._device)).transpose(0, 1).tolist()
 
     def concatenated(self, samples: Tensor, lengths: Sequence[int], dim: int = 0) -> Tensor:
         """Along ``dim``, where every process has so many."""
