@@ -20,7 +20,7 @@ from mbf_kernels.testing import assert_bitwise, randn
 
 ALL = KINDS | QUASI | {"KFAC, SUA": lambda model, **options: KFAC(model, spatially_uncorrelated=True, **options)}
 over_all = pytest.mark.parametrize("kind", ALL)
-ONE_OF_EACH = ["KFAC", "KPSVD, lanczos", "two-level", "two-level, additive", "AdaFisher", "KBFGS"]
+ONE_OF_EACH = ["KFAC, exact", "KPSVD, lanczos", "two-level", "two-level, additive", "AdaFisher", "KBFGS"]
 over_methods = pytest.mark.parametrize("kind", ONE_OF_EACH)
 NETWORKS = {
     "linear": (lambda: [nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)], (4,)),
@@ -260,7 +260,7 @@ def branching(kind, processes_with_a_branch, steps):
     return kept_by(model, optimizer)
 
 
-@over_all
+@over_methods
 @pytest.mark.parametrize("where", [(1,), (0,), (), (0, 2)])
 def test_a_layer_that_some_processes_do_not_use(kind, where):
     found = run(3, branching, kind, where, list(batches(sizes=(4, 4, 4))))["state"]
@@ -304,7 +304,7 @@ def make_infinite(inputs):
         inputs.data.fill_(float("inf"))  # which no version tells
 
 
-@over_all
+@over_methods
 @pytest.mark.parametrize("spoil", [overwrite, make_infinite])
 def test_what_one_process_leaves_out_all_count(kind, spoil):
     found = run(2, spoiled, kind, spoil, list(batches(sizes=(6, 6))))["state"]
@@ -354,6 +354,21 @@ def test_groups_of_processes(kind, wrapped):
         assert_same(pair[0], trained(kind, "linear", whole), assert_close)
 
 
+def alone(kind, steps):
+    model = net()
+    group, _ = distributed.new_subgroups(1)
+    optimizer = ALL[kind](model, process_group=group, **options_of(kind))
+    train(model, optimizer, steps)
+    return kept_by(model, optimizer)
+
+
+@over_methods
+def test_processes_with_models_of_their_own(kind):
+    steps = list(batches(sizes=(6, 6)))
+    for rank, found in enumerate(processes.run(2, alone, kind, steps)):
+        assert_same(found, trained(kind, "linear", [[parts[rank]] for parts in steps]))
+
+
 def of_different_models(kind):
     model = nn.Linear(4, 3 + distributed.get_rank()).double()
     optimizer = ALL[kind](model, **options_of(kind))
@@ -369,7 +384,7 @@ def of_different_models(kind):
     assert_same(dict(model.state_dict()), dict(before))
 
 
-@over_all
+@over_methods
 def test_processes_of_different_models_are_refused(kind):
     processes.run(2, of_different_models, kind)
 
@@ -441,7 +456,7 @@ def resumed(kind, steps, how):
     return kept_by(model, optimizer)
 
 
-@over_all
+@over_methods
 @pytest.mark.parametrize("how", ["by number", "by name"])
 def test_processes_that_resume_go_on_as_if_they_had_not_stopped(kind, how):
     parts = list(batches(sizes=(6, 6), steps=7))
@@ -466,7 +481,7 @@ def from_a_checkpoint(kind, steps, folder):
     return kept_by(model, optimizer)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ALL if kind != "KBFGSL"])  # which has more pairs at every step
+@over_methods
 def test_a_checkpoint_is_filled_in(kind, tmp_path):
     parts = list(batches(sizes=(6, 6), steps=7))
     found = run(2, from_a_checkpoint, kind, parts, str(tmp_path))

@@ -53,7 +53,8 @@ class AdaFisher(ModelOptimizer):
         relative_damping: tau > 0; ours, not the paper's: F = (lambda / lambda_l) (S H^T + lambda_l), lambda_l = tau
             times the mean of S H^T over the layer. Curvature then counts at any scale, and no step is longer than
             lr / lambda along M.
-        groups, process_group: see ModelOptimizer; H and S go by the options of the weight's group.
+        groups, process_group: see ModelOptimizer; H and S go by the options of the weight's group. All samples of the
+            processes count alike here, and s is of the mean of their losses.
         grad_scaler: what scales the loss under autocast.
 
     Statistics that are not finite are skipped, and counted. Raises ValueError or TypeError for an option out of its

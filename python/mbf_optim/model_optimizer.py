@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Container, Iterable
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from .affine import ModuleLayer
 from .capture import Capture, Use
 from .replicas import Extent, Replicas, Share
 from .report import Report, Row
+from .sharding import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,8 +30,13 @@ class ModelOptimizer(Optimizer):
         model: its parameters are stepped. What DistributedDataParallel made of it stands for it.
         defaults: the options of every param group.
         groups: param groups of parameters of the model; None: one of all.
-        process_group: of the processes that train the model together; None: that of DistributedDataParallel, if it is
-            such a model, or else torch.distributed's default one, if it is initialized by the time of a step.
+        process_group: of the processes that train the model together, whose statistics are averaged: those that have
+            seen a layer count alike, whatever their number of samples, as they do in the gradient that
+            DistributedDataParallel makes. None: its group, if it is such a model, or else torch.distributed's default
+            one, if it is initialized by the time of a step.
+
+    Raises TypeError for sharded parameters, at the first step if they became so, and RuntimeError there for processes
+    that train other layers, and for a compiled model that takes no notice of the optimizer.
     """
 
     _layers: list[ModuleLayer]  # of the parameters that are stepped
@@ -289,8 +294,7 @@ def _trains(layer: ModuleLayer) -> bool:
 def _sharding(param: Tensor) -> str | None:
     if getattr(param, "_fsdp_flattened", False):
         return "flattened by FullyShardedDataParallel"
-    module = sys.modules.get("torch.distributed.tensor")  # where nobody has imported it there are no DTensors
-    return "a DTensor (fully_shard, tensor parallelism)" if module and isinstance(param, module.DTensor) else None
+    return "a DTensor (fully_shard, tensor parallelism)" if is_sharded(param) else None
 
 
 def _tensors(states: Iterable[dict]) -> int:
