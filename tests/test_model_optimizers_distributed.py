@@ -202,6 +202,19 @@ def test_a_distribution_of_targets(kind):
     assert_same(run(2, with_a_distribution, kind, parts), with_a_distribution(kind, whole), assert_close)
 
 
+def drawing(kind, steps):
+    model = net()
+    optimizer = ALL[kind](model, distribution="gaussian", **options_of(kind))
+    torch.manual_seed(distributed.get_rank())
+    train(replica(model), optimizer, steps)
+    return kept_by(model, optimizer)
+
+
+@pytest.mark.parametrize("kind", ["KFAC", "KPSVD, lanczos", "two-level", "two-level, additive"])
+def test_replicas_that_draw_targets_stay_alike(kind):
+    run(2, drawing, kind, list(batches(sizes=(6, 6))))
+
+
 def scaled(kind, steps, overflow=None):
     """Under a GradScaler; the gradient of one process overflows in one step."""
     model, scaler = net(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -273,6 +286,24 @@ def test_statistics_of_a_layer_are_those_of_the_processes_that_use_it():
     three, one = run(3, branching, "KFAC", (0, 2), [parts]), branching("KFAC", (0,), [[both]])
     for name in ("A", "G"):
         assert_close(three["state"][2][name], one["state"][2][name])
+
+
+def evaluating(kind, blind, steps):
+    """Layers in evaluation mode are not looked at; their gradients count."""
+    model = net()
+    optimizer = ALL[kind](model, **options_of(kind))
+    parallel = replica(model)
+    if distributed.get_rank() in blind:
+        parallel.eval()
+    train(parallel, optimizer, steps)
+    return kept_by(model, optimizer)
+
+
+@over_methods
+@pytest.mark.parametrize("blind", [(0,), (1,), (0, 1)])
+def test_processes_that_see_nothing(kind, blind):
+    found = run(2, evaluating, kind, blind, list(batches(sizes=(6, 6))))["state"]
+    assert ("updates" in found[0]) == (len(blind) < 2)
 
 
 def spoiled(kind, spoil, steps):

@@ -57,7 +57,6 @@ class ModelOptimizer(Optimizer):
         params = list(model.parameters())
         if not params:
             raise ValueError(f"{self._title}: expected a model with parameters")
-        self._refuse_sharded(params)
         self._model, self._replicas = model, Replicas(self._title, process_group, params[0].device)
         self._left_out: set[ModuleLayer] = set()  # in this step, in this process
         self._loaded = False  # a state, and not stepped since
