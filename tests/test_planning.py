@@ -1,0 +1,189 @@
+"""docs/planning.md: what it says is sent is what four processes send, and its tables are those that are computed."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from mbf_optim import MBF
+from processes import run
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import silu
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import planning, traffic  # noqa: E402
+from benchmarks.planning import ENGINES, METHODS, Cost, Method, Network  # noqa: E402
+from benchmarks.traffic import Message  # noqa: E402
+
+PROCESSES = 4
+WAITS = ("wait_tensor", "_wrap_tensor_autograd")  # operators that send nothing
+METHODS_HERE = METHODS | {  # mini-blocks that straddle shards: the step gathers whole tensors
+    "MBF, columns": Method(partial(MBF, blocks="column"), planning.one_group),
+    "MBF, columns, paper": Method(partial(MBF.paper, damping=0.1, blocks="column"), planning.one_group),
+}
+
+
+# ---- networks like those of the page, small; 50, 30 and 6 rows on four processes: uneven shards
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, inputs, inner):
+        super().__init__()
+        outputs = 4 * inner
+        self.reduce, self.norm1 = nn.Conv2d(inputs, inner, 1, bias=False), nn.BatchNorm2d(inner)
+        self.filter, self.norm2 = nn.Conv2d(inner, inner, 3, padding=1, bias=False), nn.BatchNorm2d(inner)
+        self.expand, self.norm3 = nn.Conv2d(inner, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False) if inputs != outputs else nn.Identity()
+
+    def forward(self, x):
+        y = self.norm2(self.filter(self.norm1(self.reduce(x)).relu())).relu()
+        return (self.norm3(self.expand(y)) + self.shortcut(x)).relu()
+
+
+class ResNet(nn.Module):
+    sample = (2, 3, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 7, padding=3, bias=False), nn.BatchNorm2d(6)
+        self.blocks = nn.Sequential(Bottleneck(6, 16), Bottleneck(64, 16))
+        self.head = nn.Linear(64, 30)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.norm(self.stem(x)).relu()).mean((2, 3)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, width, inner):
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x):
+        y = self.norm1(x)
+        q, k, v = (layer(y)[:, None] for layer in (self.query, self.key, self.value))
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0])
+        y = self.norm2(x)
+        return x + self.down(silu(self.gate(y)) * self.up(y))
+
+
+class Llama(nn.Module):
+    sample = (2, 5)
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 64)
+        self.blocks = nn.Sequential(Decoder(64, 72), Decoder(64, 72))  # 72: a run of 64 and one of 8
+        self.norm, self.head = nn.RMSNorm(64), nn.Linear(64, 50, bias=False)
+
+    def forward(self, x):
+        return self.head(self.norm(self.blocks(self.embed(x.abs().mul(9).long()))))
+
+
+MODELS = {"ResNet": ResNet, "Llama": Llama}
+
+
+def network(model):
+    shapes = {name: tuple(param.shape) for name, param in MODELS[model]().named_parameters()}
+    return Network(model, shapes, r"blocks\.\d+", PROCESSES)
+
+
+# ---- what is sent
+
+
+class Calls(TorchDispatchMode):
+    """Counts collective calls, with what is summed, copied or gathered, whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it says what it sends, as plain tensors
+        result = op(*args, **(kwargs or {}))
+        library, name = op.name().split(".")[0].split("::")
+        if "c10d" in library and name not in WAITS:
+            self.messages.append(self._message(name, args, result))
+        return result
+
+    @staticmethod
+    def _message(name, args, result):
+        if name in ("allreduce_", "broadcast_"):
+            return Message({"allreduce_": "all_reduce"}.get(name, "broadcast"), sum(t.nbytes for t in args[0]))
+        if name == "_allgather_base_":
+            return Message("all_gather", args[0].nbytes)
+        if name == "all_gather_into_tensor":
+            return Message("all_gather", result.nbytes)
+        assert name == "_reduce_scatter_base_", name
+        return Message("reduce_scatter", args[1].nbytes)
+
+
+def measured(model, engine, method):
+    """Cost of the second step: engines have settled, and Adam has its state."""
+    torch.manual_seed(0)
+    model, method = MODELS[model](), METHODS_HERE[method]
+    x, module = torch.randn(model.sample), model
+    if engine == "FSDP2":
+        module = planning.sharded(model, r"blocks\.\d+", PROCESSES)
+    else:
+        module = DistributedDataParallel(model)
+    make = planning.zero_of if engine == "ZeRO-1" else planning.optimizer_of
+    optimizer = make(method, model.named_parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        with Calls() as forward:
+            loss = module(x).square().mean()
+        with Calls() as backward:
+            loss.backward()
+        with Calls() as step:
+            optimizer.step()
+    gathers = [message for message in forward.messages + backward.messages if message.collective == "all_gather"]
+    gradients = [message for message in backward.messages if message.collective != "all_gather"]
+    own = step.messages
+    if engine == "ZeRO-1":
+        gathers, own, optimizer = own, [], optimizer.optim
+    return Cost(gradients, gathers, own, held(optimizer))
+
+
+def held(optimizer):
+    """Bytes of state, Adam's counted too."""
+    if isinstance(optimizer, torch.optim.Adam):
+        entries = [value for state in optimizer.state.values() for value in state.values()]
+        return sum((value.to_local() if isinstance(value, DTensor) else value).nbytes for value in entries)
+    return traffic.state_bytes(optimizer)
+
+
+def all_measured(model):
+    return {(engine, method): measured(model, engine, method) for engine in ENGINES for method in METHODS_HERE}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_four_processes_send_what_is_computed(model):
+    for rank, found in enumerate(run(PROCESSES, all_measured, model, timeout=200)):
+        for (engine, method), cost in found.items():
+            expected = planning.cost(network(model), engine, METHODS_HERE[method], rank)
+            for part in ("parameters", "optimizer"):
+                assert sorted(getattr(cost, part)) == sorted(getattr(expected, part)), (engine, method, part)
+            assert total(cost.gradients) == total(expected.gradients), (engine, method)
+            assert cost.state == expected.state, (engine, method, rank)
+
+
+def total(messages):
+    """By collective: DDP chooses its buckets."""
+    totals = {}
+    for message in messages:
+        totals[message.collective] = totals.get(message.collective, 0) + message.bytes
+    return totals
+
+
+def test_the_page_says_what_is_computed():
+    page = planning.PAGE.read_text()
+    assert page == planning.with_tables(page)
+    assert not distributed.is_initialized()
