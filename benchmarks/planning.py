@@ -10,12 +10,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from math import ceil, prod
 from pathlib import Path
 
 import torch
 from mbf_optim import MBF
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -34,6 +36,8 @@ ENGINES = ("DDP", "ZeRO-1", "FSDP2")
 COLUMNS = (
     "engine", "optimizer", "sent for gradients", "for parameters", "by the optimizer", "in messages", "optimizer state",
 )  # fmt: skip
+SEGMENTS = (16, 32, 64, 128)
+SEGMENT_COLUMNS = ("network", "segment", "payload", "sent", "share, float32", "share, bfloat16")
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
@@ -50,7 +54,7 @@ class Network:
 class Method:
     """An optimizer, and how it divides parameters into groups."""
 
-    optimizer: type[Optimizer]
+    optimizer: Callable[..., Optimizer]
     groups: Callable[[Named], list[dict]]
 
 
@@ -114,9 +118,9 @@ def module_of(shapes: Shapes) -> nn.Module:
         *path, leaf = name.split(".")
         module = root
         for part in path:
-            if part not in dict(module.named_children()):
+            if not hasattr(module, part):
                 module.add_module(part, nn.Module())
-            module = module.get_submodule(part)
+            module = getattr(module, part)
         module.register_parameter(leaf, nn.Parameter(torch.empty(shape, device="meta")))
     return root
 
@@ -163,43 +167,45 @@ def rows(network: Network) -> Iterator[tuple[str, ...]]:
     for engine in ENGINES:
         for name, method in METHODS.items():
             own = cost(network, engine, method)
-            state = max([own.state, *other_states(network, engine, method)])
-            sends = sent(own.optimizer, network.processes)
-            yield (engine, name, *sent_by(engine, network, own), in_bytes(sends), str(len(own.optimizer)), in_bytes(state))
-        yield from rows_of_shampoo(network, engine, own)
+            by_engine = sent_by_engine(network, engine, own)
+            by_optimizer = sent(own.optimizer, network.processes), len(own.optimizer)
+            yield (engine, name, *by_engine, *last_cells(*by_optimizer, most_state(network, engine, method)))
+        for name, *counts in of_shampoo(network, engine):  # whoever uses it, the engine's are the same
+            yield (engine, name, *by_engine, *last_cells(*counts))
 
 
-def sent_by(engine: str, network: Network, of_step: Cost) -> tuple[str, str]:
-    """For gradients and parameters; beside float32 what bfloat16 makes of it."""
-    gradients, parameters = (sent(messages, network.processes) for messages in (of_step.gradients, of_step.parameters))
-    gathered = both(parameters) if engine == "FSDP2" else in_bytes(parameters)
-    return both(gradients), gathered
+def sent_by_engine(network: Network, engine: str, own: Cost) -> tuple[str, str]:
+    """For gradients and parameters, in float32 and, where they may be, in bfloat16."""
+    gradients, parameters = (sent(messages, network.processes) for messages in (own.gradients, own.parameters))
+    return in_both(gradients), in_both(parameters) if engine == "FSDP2" else in_bytes(parameters)
 
 
-def both(float32: float) -> str:
-    return f"{in_bytes(float32)} / {in_bytes(float32 / 2)}"
+def last_cells(bytes_sent: float, messages: int, state: float) -> tuple[str, str, str]:
+    return in_bytes(bytes_sent), str(messages), in_bytes(state)
 
 
-def other_states(network: Network, engine: str, method: Method) -> Iterator[int]:
-    """Of other processes, where they may have more than the first."""
-    for rank in range(1, network.processes if engine == "ZeRO-1" else 1):
-        yield cost(network, engine, method, rank).state
+def most_state(network: Network, engine: str, method: Method) -> int:
+    """Of any process: the first has the largest shards, but not always the most of what ZeRO deals out."""
+    ranks = range(network.processes if engine == "ZeRO-1" else 1)
+    return max(cost(network, engine, method, rank).state for rank in ranks)
 
 
-def rows_of_shampoo(network: Network, engine: str, of_step: Cost) -> Iterator[tuple[str, ...]]:
-    """From its documentation. It takes the place of ZeRO-1 itself."""
+def of_shampoo(network: Network, engine: str) -> Iterator[tuple[str, float, int, float]]:
+    """Names, bytes sent, messages and bytes of state; nothing under ZeRO-1, whose place it takes itself."""
     shapes, count = network.shapes.values(), network.processes
-    whole = 4 * sum(map(prod, shapes))
-    gather = sent([Message("all_gather", whole)], count)
-    dealt = in_bytes(shampoo.mean_state_bytes(shapes, count))
-    cells = sent_by(engine, network, of_step)
+    gather = sent([Message("all_gather", 4 * sum(map(prod, shapes)))], count)
     if engine == "DDP":
-        yield (engine, SHAMPOO, *cells, in_bytes(gather), "1", dealt)
+        yield SHAMPOO, gather, 1, shampoo.mean_state_bytes(shapes, count)
     if engine == "FSDP2":
-        here = in_bytes(shampoo.shard_state_bytes(shapes, count))
-        yield (engine, f"{SHAMPOO}, blocks of shards", *cells, "0", "0", here)
-        back, messages = gather / count, len(shapes) + ceil(len(shapes) / count)
-        yield (engine, f"{SHAMPOO}, lossless", *cells, in_bytes(gather + back), str(messages), dealt)
+        yield f"{SHAMPOO}, blocks of shards", 0, 0, shampoo.shard_state_bytes(shapes, count)
+        messages = len(shapes) + ceil(
+            len(shapes) / count
+        )  # a gather of every gradient; back, an all-to-all for W tensors
+        yield f"{SHAMPOO}, lossless", gather + gather / count, messages, shampoo.mean_state_bytes(shapes, count)
+
+
+def in_both(float32: float) -> str:
+    return f"{in_bytes(float32)} / {in_bytes(float32 / 2)}"
 
 
 def in_bytes(count: float) -> str:
@@ -209,13 +215,30 @@ def in_bytes(count: float) -> str:
     return str(round(count))
 
 
+def segments(network: Network) -> Iterator[tuple[str, ...]]:
+    """The message of the default form under FSDP2, by the length of its segments."""
+    for segment in SEGMENTS:
+        of_step = cost(network, "FSDP2", Method(partial(MBF, segment=segment), one_group))
+        engine, own = (
+            sent(messages, network.processes)
+            for messages in (of_step.gradients + of_step.parameters, of_step.optimizer)
+        )
+        shares = (f"{100 * own / (engine * width):.2g} %" for width in (1, 1 / 2))
+        payload = sum(message.bytes for message in of_step.optimizer)
+        yield (network.title, str(segment), in_bytes(payload), in_bytes(own), *shares)
+
+
 def with_tables(page: str) -> str:
-    for network in NETWORKS:
-        name, parameters = network.title, sum(map(prod, network.shapes.values()))
-        text = f"{parameters:,} parameters in {len(network.shapes)} tensors, {network.processes} processes:\n\n"
-        text += table(COLUMNS, rows(network)) + "\n"
-        page = between(page, BEGIN.format(name), END.format(name), text)
+    texts = {network.title: [summary(network), table(COLUMNS, rows(network))] for network in NETWORKS}
+    texts["segments"] = [table(SEGMENT_COLUMNS, chain.from_iterable(map(segments, NETWORKS)))]
+    for name, parts in texts.items():
+        page = between(page, BEGIN.format(name), END.format(name), "\n\n".join(parts) + "\n")
     return page
+
+
+def summary(network: Network) -> str:
+    parameters = sum(map(prod, network.shapes.values()))
+    return f"{parameters:,} parameters in {len(network.shapes)} tensors, {network.processes} processes."
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a training step sends between processes: the collective calls of its engine and of its optimizer.
 
-Tensors may be on the meta device and the process group one that sends nothing: only shapes count. Parameters are float32 or float64 here.
+Only shapes and dtypes count: tensors may be on the meta device, and the process group one that sends nothing. Parameters
+are float32 or float64.
 """
 
 from __future__ import annotations
@@ -95,15 +96,11 @@ def _of_group(group: dict, states: dict, processes: int) -> list[Message]:
 def _gathers(layer: Layer, group: dict, processes: int) -> list[Message]:
     """Whole tensors, where mini-blocks straddle shards: weight, momentum, gradient, and what else there is."""
     tensors = 3 + needs_squares(layer, group)
-    return [
-        Message("all_gather", _padded_bytes([param], processes))
-        for param in layer.params
-        for _ in range(tensors)
-    ]
+    return [Message("all_gather", _padded_bytes([param], processes)) for param in layer.params for _ in range(tensors)]
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """On this process. Adam's before its first step too."""
+    """On this process, with or without memory; Adam's before its first step too."""
     if isinstance(optimizer, Adam):
         params = [local(param) for group in optimizer.param_groups for param in group["params"]]
         return sum(2 * param.nbytes + 4 for param in params)

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import planning, traffic  # noqa: E402
+from benchmarks import planning, shampoo, traffic  # noqa: E402
 from benchmarks.planning import ENGINES, METHODS, Cost, Method, Network  # noqa: E402
 from benchmarks.traffic import Message  # noqa: E402
 
@@ -181,6 +181,28 @@ def total(messages):
     for message in messages:
         totals[message.collective] = totals.get(message.collective, 0) + message.bytes
     return totals
+
+
+def test_the_large_transformer_by_hand():
+    """Runs of 64 inputs: 64 of each of the six matrices with 4096 in a layer, 172 of that with 11008; embedding, head."""
+    (large,) = (network for network in planning.NETWORKS if "Llama" in network.title)
+    runs = 32 * (6 * 64 + 172) + 2 * 64
+    found = planning.cost(large, "FSDP2", METHODS["MBF"])
+    assert found.optimizer == [Message("all_reduce", 4 * runs * 64 * 65 // 2)]
+    weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096
+    assert total(found.gradients) == {"reduce_scatter": 4 * weights}  # 64 processes divide everything
+
+
+def test_shampoo_by_hand():
+    """A matrix of two blocks and one of two smaller ones, a filter whose dimensions merge, a vector."""
+    shapes = {
+        (2048, 1024): 2 * 2048 * 1024 + 2 * 2 * (1024**2 + 1024**2),
+        (10, 1030): 2 * 10300 + 2 * (10**2 + 1024**2 + 10**2 + 6**2),
+        (1025, 4, 3, 3): 2 * 36900 + 2 * (1024**2 + 36**2 + 1 + 36**2),
+        (50,): 100 + 2 * 50**2,
+    }
+    for shape, numbers in shapes.items():
+        assert shampoo.state_bytes([shape]) == 4 * numbers
 
 
 def test_the_page_says_what_is_computed():
