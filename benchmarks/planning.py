@@ -125,13 +125,13 @@ def module_of(shapes: Shapes) -> nn.Module:
     return root
 
 
-def sharded(model: nn.Module, unit: str, world_size: int) -> nn.Module:
+def sharded(model: nn.Module, unit: str, world_size: int, **options) -> nn.Module:
     """By FSDP2: the modules of that name, and what is left at the root."""
     mesh = init_device_mesh("cpu", (world_size,))
     for name, module in model.named_modules():
         if re.fullmatch(unit, name):
-            fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+            fully_shard(module, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
 
 
 def optimizer_of(method: Method, named: Named) -> Optimizer:
@@ -198,9 +198,7 @@ def of_shampoo(network: Network, engine: str) -> Iterator[tuple[str, float, int,
         yield SHAMPOO, gather, 1, shampoo.mean_state_bytes(shapes, count)
     if engine == "FSDP2":
         yield f"{SHAMPOO}, blocks of shards", 0, 0, shampoo.shard_state_bytes(shapes, count)
-        messages = len(shapes) + ceil(
-            len(shapes) / count
-        )  # a gather of every gradient; back, an all-to-all for W tensors
+        messages = len(shapes) + ceil(len(shapes) / count)  # gathers of gradients; all-to-alls, each of W tensors
         yield f"{SHAMPOO}, lossless", gather + gather / count, messages, shampoo.mean_state_bytes(shapes, count)
 
 

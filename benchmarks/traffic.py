@@ -1,7 +1,7 @@
 """What a training step sends between processes: the collective calls of its engine and of its optimizer.
 
-Only shapes and dtypes count: tensors may be on the meta device, and the process group one that sends nothing. Parameters
-are float32 or float64.
+Only shapes and dtypes count: tensors may be on the meta device, and the process group one that sends nothing.
+Parameters are float32 or float64.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ import torch
 from mbf_optim import MBF
 from processes import run
 from torch import distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import silu
 from torch.nn.parallel import DistributedDataParallel
@@ -125,15 +127,18 @@ class Calls(TorchDispatchMode):
         return Message("reduce_scatter", args[1].nbytes)
 
 
-def measured(model, engine, method):
+def measured(model, engine, method, sixteen_bits=False):
     """Cost of the second step: engines have settled, and Adam has its state."""
     torch.manual_seed(0)
     model, method = MODELS[model](), METHODS_HERE[method]
     x, module = torch.randn(model.sample), model
     if engine == "FSDP2":
-        module = planning.sharded(model, r"blocks\.\d+", PROCESSES)
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16) if sixteen_bits else MixedPrecisionPolicy()
+        module = planning.sharded(model, network(type(model).__name__).unit, PROCESSES, mp_policy=policy)
     else:
         module = DistributedDataParallel(model)
+        if sixteen_bits:  # gloo has no bfloat16 hook
+            module.register_comm_hook(None, fp16_compress_hook)
     make = planning.zero_of if engine == "ZeRO-1" else planning.optimizer_of
     optimizer = make(method, model.named_parameters())
     for _ in range(2):
@@ -175,6 +180,20 @@ def test_four_processes_send_what_is_computed(model):
             assert cost.state == expected.state, (engine, method, rank)
 
 
+def in_sixteen_bits():
+    return {engine: measured("Llama", engine, "MBF", sixteen_bits=True) for engine in ENGINES}
+
+
+def test_sixteen_bits_halve_what_engines_send_and_nothing_else():
+    for found in run(PROCESSES, in_sixteen_bits, timeout=200):
+        for engine, cost in found.items():
+            expected = planning.cost(network("Llama"), engine, METHODS["MBF"])
+            assert 2 * sum(total(cost.gradients).values()) == sum(total(expected.gradients).values()), engine
+            part = 2 if engine == "FSDP2" else 1
+            assert part * sum(total(cost.parameters).values()) == sum(total(expected.parameters).values()), engine
+            assert cost.optimizer == expected.optimizer, engine
+
+
 def total(messages):
     """By collective: DDP chooses its buckets."""
     totals = {}
@@ -184,7 +203,7 @@ def total(messages):
 
 
 def test_the_large_transformer_by_hand():
-    """Runs of 64 inputs: 64 of each of the six matrices with 4096 in a layer, 172 of that with 11008; embedding, head."""
+    """Runs of 64 inputs: in a layer 64 of each of six matrices and 172 of one; embedding and head."""
     (large,) = (network for network in planning.NETWORKS if "Llama" in network.title)
     runs = 32 * (6 * 64 + 172) + 2 * 64
     found = planning.cost(large, "FSDP2", METHODS["MBF"])
