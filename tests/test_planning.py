@@ -165,27 +165,33 @@ def held(optimizer):
     return traffic.state_bytes(optimizer)
 
 
-def all_measured(model):
-    return {(engine, method): measured(model, engine, method) for engine in ENGINES for method in METHODS_HERE}
+def all_measured():
+    costs = {
+        (model, engine, method): measured(model, engine, method)
+        for model in MODELS
+        for engine in ENGINES
+        for method in METHODS_HERE
+    }
+    return costs, {engine: measured("Llama", engine, "MBF", sixteen_bits=True) for engine in ENGINES}
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_four_processes_send_what_is_computed(model):
-    for rank, found in enumerate(run(PROCESSES, all_measured, model, timeout=200)):
-        for (engine, method), cost in found.items():
+@pytest.fixture(scope="module")
+def of_ranks():
+    return run(PROCESSES, all_measured, timeout=300)
+
+
+def test_four_processes_send_what_is_computed(of_ranks):
+    for rank, (found, _) in enumerate(of_ranks):
+        for (model, engine, method), cost in found.items():
             expected = planning.cost(network(model), engine, METHODS_HERE[method], rank)
             for part in ("parameters", "optimizer"):
-                assert sorted(getattr(cost, part)) == sorted(getattr(expected, part)), (engine, method, part)
-            assert total(cost.gradients) == total(expected.gradients), (engine, method)
-            assert cost.state == expected.state, (engine, method, rank)
+                assert sorted(getattr(cost, part)) == sorted(getattr(expected, part)), (model, engine, method, part)
+            assert total(cost.gradients) == total(expected.gradients), (model, engine, method)
+            assert cost.state == expected.state, (model, engine, method, rank)
 
 
-def in_sixteen_bits():
-    return {engine: measured("Llama", engine, "MBF", sixteen_bits=True) for engine in ENGINES}
-
-
-def test_sixteen_bits_halve_what_engines_send_and_nothing_else():
-    for found in run(PROCESSES, in_sixteen_bits, timeout=200):
+def test_sixteen_bits_halve_what_engines_send_and_nothing_else(of_ranks):
+    for _, found in of_ranks:
         for engine, cost in found.items():
             expected = planning.cost(network("Llama"), engine, METHODS["MBF"])
             assert 2 * sum(total(cost.gradients).values()) == sum(total(expected.gradients).values()), engine
