@@ -71,6 +71,18 @@ def transformer(width: int = 768, depth: int = 12) -> Shapes:
     return shapes
 
 
+def llama(width: int = 4096, depth: int = 32, inner: int = 11008, vocabulary: int = 32000) -> Shapes:
+    """A decoder with a gated perceptron and a head of its own, no biases: 6.7 billion parameters."""
+    shapes: Shapes = {"embed.weight": (vocabulary, width)}
+    for index in range(depth):
+        name = f"layer{index}"
+        shapes |= {f"{name}.norm1.weight": (width,), f"{name}.norm2.weight": (width,)}
+        shapes |= {f"{name}.{part}.weight": (width, width) for part in ("query", "key", "value", "out")}
+        shapes |= {f"{name}.{part}.weight": (inner, width) for part in ("gate", "up")}
+        shapes |= {f"{name}.down.weight": (width, inner)}
+    return shapes | {"norm.weight": (width,), "head.weight": (vocabulary, width)}
+
+
 def autoencoder(*encoder: int) -> Shapes:
     """Linear layers of these widths, and back again."""
     widths = [*encoder, *reversed(encoder[:-1])]

@@ -12,22 +12,23 @@ from mbf_kernels import SymmetricBlocks
 from .tasks import Task
 
 
-def average_over_processes(tasks: Sequence[Task], decay: float) -> None:
-    """F <- decay F + (1 - decay) / S sum_s g_s g_s^T of every task, s over the mini-blocks of all processes.
+def average_over_processes(tasks: Sequence[tuple[Task, float]]) -> None:
+    """F <- decay F + (1 - decay) / S sum_s g_s g_s^T of every task with its decay, s over the mini-blocks of all
+    processes.
 
     The sums of outer products are exact parts of the whole's, so that a sharded step is that of one process. A matrix
-    whose new diagonal is not finite keeps its value. A collective: one all-reduce for the tasks of a dtype.
+    whose new diagonal is not finite keeps its value. A collective: one all-reduce for the tasks of a mesh and dtype.
     """
-    messages: dict[tuple, list[Task]] = {}
-    for task in tasks:
+    messages: dict[tuple, list[tuple[Task, float]]] = {}
+    for task, decay in tasks:
         key = (task.averaged_over, task.fisher.dtype, task.fisher.device)
-        messages.setdefault(key, []).append(task)
+        messages.setdefault(key, []).append((task, decay))
     for (groups, *_), alike in messages.items():
-        sums = [_sum_of_squares(task) for task in alike]
+        sums = [_sum_of_squares(task) for task, _ in alike]
         message = torch.cat([part.flatten() for part in sums])
         for group in groups:
             torch.distributed.all_reduce(message, group=group)
-        for task, part in zip(alike, message.split([part.numel() for part in sums]), strict=True):
+        for (task, decay), part in zip(alike, message.split([part.numel() for part in sums]), strict=True):
             _average(task, part, decay)
 
 

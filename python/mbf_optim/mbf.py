@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import copy
 from inspect import Parameter, signature
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -149,7 +149,6 @@ class MBF(Optimizer):
     @torch.no_grad()
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(copy(param_group))  # the caller's stays as it is
-        self._forget()
         group = self.param_groups[-1]
         try:
             check_options(group)
@@ -157,7 +156,6 @@ class MBF(Optimizer):
         except (TypeError, ValueError):
             for param in self.param_groups.pop()["params"]:
                 self.state.pop(param, None)
-            self._forget()
             raise
 
     def __setstate__(self, state: dict) -> None:
@@ -185,8 +183,11 @@ class MBF(Optimizer):
             return loss
         plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]  # raise before any moves
         unscale = unscaled(self)
-        for plan, group in zip(plans, self.param_groups, strict=True):
-            plan.step(with_numbers(group), unscale)
+        groups = [with_numbers(group) for group in self.param_groups]
+        over_processes = [plan.start(group, unscale) for plan, group in zip(plans, groups, strict=True)]
+        average_over_processes(list(chain.from_iterable(over_processes)))
+        for plan, group in zip(plans, groups, strict=True):
+            plan.finish(group)
         return loss
 
     @torch.no_grad()
@@ -195,23 +196,22 @@ class MBF(Optimizer):
 
         The j-th call sets F <- ((j-1)/j) F + (1/j) g g^T. Raises RuntimeError once a step has been taken.
         """
-        for group, layers in self._layers():
-            for layer in layers:
-                if layer.blocks and layer.has_grad():
-                    self._observe(layer, group)
-
-    def _observe(self, layer: Layer, group: dict) -> None:
-        state = complete(layer, self.state, group)
-        if on_host(state)["step"]:
-            raise RuntimeError(f"MBF.observe: expected no step so far, but {layer.name} has been stepped")
-        state["observed"] += 1
-        state["fisher_weight"] = 1.0
-        decay = 1 - 1 / state["observed"]
-        for task in Copies(layer, self.state, group, None, 0).tasks:
-            if task.averaged_over:
-                average_over_processes([task], decay)
-            else:
-                accumulate_(task.fisher, task.gradients(), decay=decay)
+        observed = [(g, layer) for g, layers in self._layers() for layer in layers if layer.blocks and layer.has_grad()]
+        for group, layer in observed:
+            if on_host(complete(layer, self.state, group))["step"]:
+                raise RuntimeError(f"MBF.observe: expected no step so far, but {layer.name} has been stepped")
+        over_processes = []
+        for group, layer in observed:
+            state = self.state[layer.weight]
+            state["observed"] += 1
+            state["fisher_weight"] = 1.0
+            decay = 1 - 1 / state["observed"]
+            for task in Copies(layer, self.state, group, None, 0).tasks:
+                if task.averaged_over:
+                    over_processes.append((task, decay))
+                else:
+                    accumulate_(task.fisher, task.gradients(), decay=decay)
+        average_over_processes(over_processes)
 
     @torch.no_grad()
     def report(self) -> Report:
@@ -281,19 +281,23 @@ class MBF(Optimizer):
 
     def _forget(self) -> None:
         """What is derived from parameters and state: made again when it is needed."""
-        self._made_of: list[tuple] | None = None
-        self._known_layers: list[list[Layer]] = []
+        self._known_layers: list[tuple[tuple, list[Layer]]] = []  # of each group, after what they were made of
         self._plans: dict[int, Plan] = {}
 
     def _layers(self) -> Iterator[tuple[dict, list[Layer]]]:
-        options = (*PARTITION, "graft")
-        made_of = [(list(map(id, group["params"])), *(group[name] for name in options)) for group in self.param_groups]
-        if self._made_of != made_of:
-            self._forget()
+        made_of = [
+            (list(map(id, group["params"])), *(group[name] for name in (*PARTITION, "graft")))
+            for group in self.param_groups
+        ]
+        known = self._known_layers
+        if [made for made, _ in known] != made_of:
             self._drop_unused()
-            self._known_layers = [layers_of(group, first, self.state) for group, first in self._with_first()]
-            self._made_of = made_of
-        return zip(self.param_groups, self._known_layers, strict=True)
+            self._known_layers = [
+                known[i] if i < len(known) and known[i][0] == made else (made, layers_of(group, first, self.state))
+                for i, (made, (group, first)) in enumerate(zip(made_of, self._with_first(), strict=True))
+            ]
+            self._plans = {}
+        return ((group, layers) for group, (_, layers) in zip(self.param_groups, self._known_layers, strict=True))
 
     def _drop_unused(self) -> None:
         """The state of parameters that others have taken the place of before a step, as under Accelerate's FSDP2."""
@@ -334,7 +338,7 @@ class MBF(Optimizer):
             count=sum(blocks.count for blocks in layer.blocks),
             size=max((blocks.size for blocks in layer.blocks), default=1),
             bytes=size,
-            skipped=int(state.get("skipped", 0)),
+            skipped=0 if layer.weight.is_meta else int(state.get("skipped", 0)),
         )
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
 from operator import is_
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from .averages import average_over_processes
 from .copies import Copies
 from .layers import PARTITION, Layer
 from .schedule import DeviceClock, HostClock, advance_on_device, intervals, on_host, share_clocks
-from .tasks import Launch, Tensors, launches_of, tasks_of
+from .tasks import Launch, Task, Tensors, launches_of, tasks_of
 
 # Options that decide what is launched together; the others are read at every step.
 STRUCTURAL = (*PARTITION, "capturable", "update_interval", "factor_interval", "graft", "master_weights")
@@ -36,6 +36,8 @@ class Plan:
             for task in tasks_of(layer, Tensors.of(layer.params, states), states[layer.weight])
         ]
         self._launches = launches_of(tasks, group)
+        self._copies: list[Copies] = []
+        self._of_copies: list[Launch] = []
         launched = {id(owner) for launch in self._launches for owner in launch.owners}
         self._others = [param for param in group["params"] if id(param) not in launched]
         self._layouts = _layouts_of_grads(self._others)
@@ -54,29 +56,27 @@ class Plan:
             and all([launch.aim() for launch in self._launches])
         )
 
-    def step(self, group: dict, unscale: Tensor | None) -> None:
-        """``group``: with its numbers as steps use them. ``unscale``: see ``Copies``."""
+    def start(self, group: dict, unscale: Tensor | None) -> list[tuple[Task, float]]:
+        """Time goes on and copies are made. Returns the work whose F is to be averaged over processes before
+        ``finish``, each with its decay. ``group``: with its numbers as steps use them. ``unscale``: see ``Copies``."""
         if group["capturable"]:
             advance_on_device([clock for clock, _ in self._clocks], group)
         else:
             for clock, update_interval in self._clocks:
                 clock.advance(group, update_interval)
-        copies = [Copies(layer, self._states, group, unscale, self._seed(layer, group)) for layer in self._copied]
-        launches = self._launches
-        if copies:
-            launches = launches + launches_of([task for copy in copies for task in copy.tasks], group)
-        self._average(launches, group)
-        for launch in launches:
-            launch(group)
-        for copy in copies:
-            copy.write_back()
-
-    @staticmethod
-    def _average(launches: list[Launch], group: dict) -> None:
-        """F of those whose mini-blocks lie on several processes."""
+        self._copies = [Copies(layer, self._states, group, unscale, self._seed(layer, group)) for layer in self._copied]
+        tasks = [task for copy in self._copies for task in copy.tasks]
+        self._of_copies = launches_of(tasks, group) if tasks else []
+        launches = chain(self._launches, self._of_copies)
         over_processes = [launch for launch in launches if launch.averaged_over and launch.due()[0]]
-        if over_processes:
-            average_over_processes([task for launch in over_processes for task in launch.tasks], group["decay"])
+        return [(task, group["decay"]) for launch in over_processes for task in launch.tasks]
+
+    def finish(self, group: dict) -> None:
+        for launch in chain(self._launches, self._of_copies):
+            launch(group)
+        for copy in self._copies:
+            copy.write_back()
+        self._copies, self._of_copies = [], []  # they are as large as the parameters
 
     def _seed(self, layer: Layer, group: dict) -> int:
         """Of a layer's rounding in this step: what resumes, and what other processes step alike, round alike."""
