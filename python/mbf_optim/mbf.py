@@ -23,6 +23,11 @@ from .schedule import capturing, intervals, on_host
 from .sharding import local
 from .state import canonical, check_saved, complete, needs_masters, needs_squares, take_up
 
+UNTRACED = (
+    "MBF.step is traced with capturable=True, lr as a tensor, and after a first step outside; "
+    "not with a closure, GradScaler, parameters of low precision or sharded ones"
+)
+
 
 class MBF(Optimizer):
     r"""Mini-Block Fisher: momentum times the inverse of many small damped Fisher blocks.
@@ -168,6 +173,11 @@ class MBF(Optimizer):
         Raises RuntimeError inside the capture of a CUDA graph where a group is not capturable, or where no step has
         been taken before: the graph must not allocate the state.
         """
+        if torch.compiler.is_compiling() and not self._traceable(closure):
+            return self._step_untraced(closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         if capturing() and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("MBF.step: expected capturable=True inside the capture of a CUDA graph, got False")
         loss = None
@@ -181,6 +191,22 @@ class MBF(Optimizer):
         for plan, group in zip(plans, self.param_groups, strict=True):
             plan.step(with_numbers(group), unscale)
         return loss
+
+    @torch.compiler.disable(reason=UNTRACED)
+    def _step_untraced(self, closure: Callable[[], float] | None) -> float | None:
+        return self._step(closure)
+
+    def _traceable(self, closure: Callable[[], float] | None) -> bool:
+        """Whether a compiled step reads on the device all that changes from step to step. Asks for ``lr`` last: a guard
+        on a number would compile again with every change of it."""
+        return (
+            closure is None
+            and all(group["capturable"] for group in self.param_groups)
+            and not hasattr(self, "found_inf")
+            and len(self._plans) == len(self.param_groups)
+            and all(plan.traceable for plan in self._plans.values())
+            and all(isinstance(group["lr"], Tensor) for group in self.param_groups)
+        )
 
     @torch.no_grad()
     def observe(self) -> None:

@@ -13,6 +13,7 @@ from .averages import average_over_processes
 from .copies import Copies
 from .layers import PARTITION, Layer
 from .schedule import DeviceClock, HostClock, advance_on_device, intervals, on_host, share_clocks
+from .sharding import is_sharded
 from .tasks import Launch, Tensors, launches_of, tasks_of
 
 # Options that decide what is launched together; the others are read at every step.
@@ -30,6 +31,7 @@ class Plan:
         self._clocks = _share(stepping, states, group)
         in_place = [layer for layer in stepping if layer.steps_in_place()]
         self._copied = [layer for layer in stepping if not layer.steps_in_place()]
+        self.traceable = not any(layer.half or any(map(is_sharded, layer.params)) for layer in stepping)
         tasks = [
             task
             for layer in in_place
