@@ -2,18 +2,18 @@
 
 import warnings
 from collections.abc import Callable
+from itertools import cycle
 
 import pytest
 import torch
 from mbf_optim import MBF
-from test_capturable import over_forms, over_partitions
 from test_capturable import Run as CapturableRun
 from test_mbf import FORMS, PARTITIONS
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.optim.lr_scheduler import LambdaLR
 
-from mbf_kernels.testing import assert_below, assert_bitwise, randn
+from mbf_kernels.testing import assert_bitwise, randn
 
 STEPS = 50
 
@@ -24,7 +24,7 @@ def strict():
     torch.compiler.reset()
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True), warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         yield
 
 
@@ -49,11 +49,14 @@ class Training:
         self.schedule = LambdaLR(self.optimizer, lambda step: 0.95**step)
         self.steps = 0
 
+    def batch(self):
+        self.steps += 1
+        return [randn(4, *shape, dtype=torch.float64, seed=self.steps) for shape in ((2, 6, 6), (3,))]
+
     def backward(self, model: Callable):
         self.optimizer.zero_grad()
-        x, target = (randn(4, *shape, dtype=torch.float64, seed=self.steps) for shape in ((2, 6, 6), (3,)))
+        x, target = self.batch()
         (model(x) - target).square().mean().backward()
-        self.steps += 1
 
     def run(self, steps=STEPS, model=None, step=None):
         for _ in range(steps):
@@ -77,19 +80,72 @@ def fullgraph(optimizer):
     return lambda: step(optimizer)
 
 
-@over_partitions
-@over_forms
-def test_step_in_one_graph( form, partition):
-    """Every structure of mini-blocks."""
-    options = FORMS[form] | PARTITIONS[partition]
-    eager, traced = CapturableRun(capturable=True, **options), CapturableRun(capturable=True, **options)
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_model_compiled(capturable, tensor_lr):
+    """Bits, with a backend that runs the operators as they are."""
+    compiled = Training(capturable, tensor_lr)
+    compiled.run(model=torch.compile(compiled.model, backend="aot_eager"))
+    assert_same_weights(compiled, Training(capturable, tensor_lr).run())
+
+
+def test_step_and_schedule_in_one_graph():
+    """50 steps; the rate is read where the schedule writes it."""
+    traced = Training(capturable=True, tensor_lr=True).run(1)
+    traced.run(STEPS - 1, step=fullgraph(traced.optimizer))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert_same_weights(traced, Training(capturable=True, tensor_lr=True).run())
+
+
+@pytest.mark.parametrize(("form", "partition"), list(zip(cycle(FORMS), PARTITIONS, strict=False)))
+def test_every_structure_in_one_graph(form, partition):
+    options = FORMS[form] | PARTITIONS[partition] | dict(capturable=True)
+    eager, traced = CapturableRun(**options), CapturableRun(**options)
+    eager.step()
+    traced.step()
     compiled = fullgraph(traced.optimizer)
-    for i in range(4):
-        for run in (eager, traced):
+    for lr in (1e-2, 5e-3):
+        for run, step in ((eager, eager.optimizer.step), (traced, compiled)):
             run.load()
-            run.group["lr"].fill_(1e-2 / (1 + i))
-        eager.optimizer.step()
-        compiled() if i else traced.optimizer.step()
+            run.group["lr"].fill_(lr)
+            step()
+    assert counters["stats"]["unique_graphs"] == 1
     for name in eager.tensors:
         assert_bitwise(traced.tensors[name].detach(), eager.tensors[name].detach())
-    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_step_with_inductor():
+    traced = Training(capturable=True, tensor_lr=True).run(1)
+    step = torch.compile(MBF.step, fullgraph=True)
+    traced.run(3, step=lambda: step(traced.optimizer))
+    assert_same_weights(traced, Training(capturable=True, tensor_lr=True).run(4))
+
+
+@pytest.mark.parametrize(("capturable", "tensor_lr"), [(False, False), (False, True), (True, False)])
+def test_untraced_step(capturable, tensor_lr):
+    """One break, nothing compiled, nothing baked in."""
+    whole = Training(capturable, tensor_lr).run(1)
+    step = torch.compile(whole.optimizer.step, backend="aot_eager")
+    whole.run(STEPS - 1, step=step)
+    assert counters["stats"].get("unique_graphs", 0) == 0
+    assert_same_weights(whole, Training(capturable, tensor_lr).run())
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="MBF.step is traced with capturable=True"):
+        fullgraph(whole.optimizer)()
+
+
+@pytest.mark.parametrize(("capturable", "tensor_lr"), [(False, False), (False, True), (True, False), (True, True)])
+def test_training_step_compiled(capturable, tensor_lr):
+    """Forward, backward and step in one function."""
+    whole = Training(capturable, tensor_lr).run(1)
+
+    @torch.compile(backend="aot_eager")
+    def train_step(x, target):
+        whole.optimizer.zero_grad()
+        (whole.model(x) - target).square().mean().backward()
+        whole.optimizer.step()
+
+    for _ in range(STEPS - 1):
+        train_step(*whole.batch())
+        whole.schedule.step()
+    assert_same_weights(whole, Training(capturable, tensor_lr).run())

@@ -173,11 +173,11 @@ class MBF(Optimizer):
         Raises RuntimeError inside the capture of a CUDA graph where a group is not capturable, or where no step has
         been taken before: the graph must not allocate the state.
         """
-        if torch.compiler.is_compiling() and not self._traceable(closure):
-            return self._step_untraced(closure)
-        return self._step(closure)
+        if torch.compiler.is_compiling() and self._traceable and closure is None and self._fit():
+            return self._step()
+        return self._step_untraced(closure)
 
-    def _step(self, closure: Callable[[], float] | None) -> float | None:
+    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         if capturing() and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("MBF.step: expected capturable=True inside the capture of a CUDA graph, got False")
         loss = None
@@ -194,19 +194,14 @@ class MBF(Optimizer):
 
     @torch.compiler.disable(reason=UNTRACED)
     def _step_untraced(self, closure: Callable[[], float] | None) -> float | None:
-        return self._step(closure)
+        loss = self._step(closure)
+        self._traceable = all(plan.traceable for plan in self._plans.values())
+        return loss
 
-    def _traceable(self, closure: Callable[[], float] | None) -> bool:
-        """Whether a compiled step reads on the device all that changes from step to step. Asks for ``lr`` last: a guard
-        on a number would compile again with every change of it."""
-        return (
-            closure is None
-            and all(group["capturable"] for group in self.param_groups)
-            and not hasattr(self, "found_inf")
-            and len(self._plans) == len(self.param_groups)
-            and all(plan.traceable for plan in self._plans.values())
-            and all(isinstance(group["lr"], Tensor) for group in self.param_groups)
-        )
+    def _fit(self) -> bool:
+        """Whether a step now is like the one before: then there is nothing to make, nor to ask the device."""
+        fit = all(self._plans[index].fits(group, self.state) for index, group in enumerate(self.param_groups))
+        return fit and not hasattr(self, "found_inf")
 
     @torch.no_grad()
     def observe(self) -> None:
@@ -302,6 +297,7 @@ class MBF(Optimizer):
         self._made_of: list[tuple] | None = None
         self._known_layers: list[list[Layer]] = []
         self._plans: dict[int, Plan] = {}
+        self._traceable = False  # an attribute: a guard on the groups would compile again with every lr
 
     def _layers(self) -> Iterator[tuple[dict, list[Layer]]]:
         options = (*PARTITION, "graft")

@@ -31,7 +31,8 @@ class Plan:
         self._clocks = _share(stepping, states, group)
         in_place = [layer for layer in stepping if layer.steps_in_place()]
         self._copied = [layer for layer in stepping if not layer.steps_in_place()]
-        self.traceable = not any(layer.half or any(map(is_sharded, layer.params)) for layer in stepping)
+        apart = any(layer.half or any(map(is_sharded, layer.params)) for layer in stepping)
+        self.traceable = group["capturable"] and isinstance(group["lr"], Tensor) and not apart
         tasks = [
             task
             for layer in in_place
