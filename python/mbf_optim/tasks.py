@@ -149,7 +149,9 @@ class Launch:
         self._without_factor = False
 
     def _grads(self) -> list[Tensor | None]:
-        return [local_gradient(owner) if self._sharded else owner.grad for owner in self.owners]
+        if self._sharded:
+            return list(map(local_gradient, self.owners))
+        return [owner.grad for owner in self.owners]
 
     def due(self) -> tuple[bool, bool]:
         """Whether F is to be updated, and whether it is to be factored."""
