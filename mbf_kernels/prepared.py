@@ -85,7 +85,8 @@ class PreparedStep:
             numbers = StepNumbers(momentum_weight, second_weight, options.pop("lr"), options.pop("damping", 0.0))
             return self.launch(numbers, options)
         self._run(grads, momentum_weight, second_weight, options)
-        if self._params and not self._params[0].is_meta and not torch.compiler.is_compiling():
+        traced = torch.compiler.is_compiling()  # then the op itself is wanted, which a graph can hold
+        if self._params and not self._params[0].is_meta and not traced:  # nothing to do, or a trace: none serves them
             self._kept = _Kept.of(self, grads, options)
 
     def aim(self, grads: list[Tensor]) -> bool:

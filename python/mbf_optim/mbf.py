@@ -72,7 +72,8 @@ class MBF(Optimizer):
         capturable: ``step()`` may be captured in a CUDA graph. Counters live on the device and advance with every
             replay; ``lr`` and ``damping`` as tensors on the parameters' device are read there, so that
             ``group["lr"].fill_(x)`` between replays takes effect. Floats and all other options are fixed at capture.
-            ``torch.compile`` traces steps where ``lr`` is a tensor, after a first one. Both intervals are 1: a shared matrix above 128 needs them set. Otherwise tensors are read by ``float()``.
+            ``torch.compile`` traces steps where ``lr`` is a tensor, after a first one.
+            Both intervals are 1: a shared matrix above 128 needs them set. Otherwise tensors are read by ``float()``.
         differentiable: refused; a step cannot be differentiated through.
         master_weights: keep float32 copies of bfloat16 and float16 parameters, which take the steps; the parameters are
             their rounded values. Without them small steps and decays are lost to rounding.
