@@ -85,12 +85,13 @@ class PreparedStep:
             numbers = StepNumbers(momentum_weight, second_weight, options.pop("lr"), options.pop("damping", 0.0))
             return self.launch(numbers, options)
         self._run(grads, momentum_weight, second_weight, options)
-        if self._params and not self._params[0].is_meta:  # nothing to do, or a trace: no backend serves them
+        traced = torch.compiler.is_compiling()  # then the op itself is wanted, which a graph can hold
+        if self._params and not self._params[0].is_meta and not traced:  # nothing to do, or a trace: none serves them
             self._kept = _Kept.of(self, grads, options)
 
     def aim(self, grads: list[Tensor]) -> bool:
         """Points the kept launch at gradients; False where they, or what is written, ask for the op itself."""
-        if self._kept is None or not self._kept.aim(grads, self._written):
+        if torch.compiler.is_compiling() or self._kept is None or not self._kept.aim(grads, self._written):
             return False
         if torch.is_grad_enabled():
             checks.no_grad(self._op, *self._written, *grads)

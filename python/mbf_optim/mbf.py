@@ -25,6 +25,11 @@ from .schedule import capturing, intervals, on_host
 from .sharding import check_whole, local
 from .state import canonical, check_saved, complete, needs_masters, needs_squares, take_up
 
+UNTRACED = (
+    "MBF.step is traced with capturable=True, lr as a tensor, and after a first step outside with the same gradients; "
+    "not with a closure, GradScaler, parameters of low precision or sharded ones"
+)
+
 
 class MBF(Optimizer):
     r"""Mini-Block Fisher: momentum times the inverse of many small damped Fisher blocks.
@@ -69,6 +74,7 @@ class MBF(Optimizer):
         capturable: ``step()`` may be captured in a CUDA graph. Counters live on the device and advance with every
             replay; ``lr`` and ``damping`` as tensors on the parameters' device are read there, so that
             ``group["lr"].fill_(x)`` between replays takes effect. Floats and all other options are fixed at capture.
+            ``torch.compile`` traces steps where ``lr`` is a tensor, after a first one.
             Both intervals are 1: a shared matrix above 128 needs them set. Otherwise tensors are read by ``float()``.
         differentiable: refused; a step cannot be differentiated through.
         master_weights: keep float32 copies of bfloat16 and float16 parameters, which take the steps; the parameters are
@@ -165,7 +171,6 @@ class MBF(Optimizer):
             for name, value in (_DEFAULTS | self.defaults).items():
                 options.setdefault(name, value)
 
-    @torch._disable_dynamo  # compiled code calls it as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step for every parameter that has a gradient; returns the closure's loss.
@@ -173,6 +178,11 @@ class MBF(Optimizer):
         Raises RuntimeError inside the capture of a CUDA graph where a group is not capturable, or where no step has
         been taken before: the graph must not allocate the state.
         """
+        if torch.compiler.is_compiling() and self._traceable and closure is None and self._fit():
+            return self._step()
+        return self._step_untraced(closure)
+
+    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         if capturing() and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("MBF.step: expected capturable=True inside the capture of a CUDA graph, got False")
         loss = None
@@ -189,6 +199,17 @@ class MBF(Optimizer):
         for plan, group in zip(plans, groups, strict=True):
             plan.finish(group)
         return loss
+
+    @torch.compiler.disable(reason=UNTRACED)
+    def _step_untraced(self, closure: Callable[[], float] | None) -> float | None:
+        loss = self._step(closure)
+        self._traceable = all(plan.traceable for plan in self._plans.values())
+        return loss
+
+    def _fit(self) -> bool:
+        """Whether a step now is like the one before: then there is nothing to make, nor to ask the device."""
+        fit = all(self._plans[index].fits(group, self.state) for index, group in enumerate(self.param_groups))
+        return fit and not hasattr(self, "found_inf")
 
     @torch.no_grad()
     def observe(self) -> None:
@@ -283,6 +304,7 @@ class MBF(Optimizer):
         """What is derived from parameters and state: made again when it is needed."""
         self._known_layers: list[tuple[tuple, list[Layer]]] = []  # of each group, after what they were made of
         self._plans: dict[int, Plan] = {}
+        self._traceable = False  # an attribute: a guard on the groups would compile again with every lr
 
     def _layers(self) -> Iterator[tuple[dict, list[Layer]]]:
         made_of = [

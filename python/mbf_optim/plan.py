@@ -13,6 +13,7 @@ from torch import Tensor
 from .copies import Copies
 from .layers import PARTITION, Layer
 from .schedule import DeviceClock, HostClock, advance_on_device, intervals, on_host, share_clocks
+from .sharding import is_sharded
 from .tasks import Launch, Task, Tensors, launches_of, tasks_of
 
 # Options that decide what is launched together; the others are read at every step.
@@ -30,6 +31,8 @@ class Plan:
         self._clocks = _share(stepping, states, group)
         in_place = [layer for layer in stepping if layer.steps_in_place()]
         self._copied = [layer for layer in stepping if not layer.steps_in_place()]
+        apart = any(layer.half or any(map(is_sharded, layer.params)) for layer in stepping)
+        self.traceable = group["capturable"] and isinstance(group["lr"], Tensor) and not apart
         tasks = [
             task
             for layer in in_place

@@ -130,7 +130,9 @@ def on_host(state: dict) -> dict:
 
 
 def capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return (
+        not torch.compiler.is_compiling() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    )
 
 
 def refuse_capture(what: str) -> None:

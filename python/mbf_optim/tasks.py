@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -107,7 +106,7 @@ class Launch:
         self._op, self._clock = first.op, clock
         self.averaged_over = first.averaged_over
         self.tasks, self.owners = tasks, [owner for task in tasks for owner in task.tensors.owners]
-        self._gradient = local_gradient if any(map(is_sharded, self.owners)) else attrgetter("grad")
+        self._sharded = any(map(is_sharded, self.owners))
         self._aimed = False
         self._intervals = intervals(first.blocks, group) if first.blocks else (1, 1)
         tensors = [task.tensors for task in tasks]
@@ -150,7 +149,9 @@ class Launch:
         self._without_factor = False
 
     def _grads(self) -> list[Tensor | None]:
-        return list(map(self._gradient, self.owners))
+        if self._sharded:
+            return list(map(local_gradient, self.owners))
+        return [owner.grad for owner in self.owners]
 
     def due(self) -> tuple[bool, bool]:
         """Whether F is to be updated, and whether it is to be factored."""
