@@ -178,9 +178,10 @@ class MBF(Optimizer):
         Raises RuntimeError inside the capture of a CUDA graph where a group is not capturable, or where no step has
         been taken before: the graph must not allocate the state.
         """
-        if torch.compiler.is_compiling() and self._traceable and closure is None and self._fit():
+        compiling = torch.compiler.is_compiling()
+        if compiling and self._traceable and closure is None and self._fit():
             return self._step()
-        return self._step_untraced(closure)
+        return self._step_untraced(closure, compiling)
 
     def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         if capturing() and not all(group["capturable"] for group in self.param_groups):
@@ -201,9 +202,10 @@ class MBF(Optimizer):
         return loss
 
     @torch.compiler.disable(reason=UNTRACED)
-    def _step_untraced(self, closure: Callable[[], float] | None) -> float | None:
+    def _step_untraced(self, closure: Callable[[], float] | None, compiling: bool) -> float | None:
+        """``compiling``: called by compiled code, which would be compiled again if the next step were traced."""
         loss = self._step(closure)
-        self._traceable = all(plan.traceable for plan in self._plans.values())
+        self._traceable = not compiling and all(plan.traceable for plan in self._plans.values())
         return loss
 
     def _fit(self) -> bool:
