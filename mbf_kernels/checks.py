@@ -331,8 +331,7 @@ def memory(op: str, written: dict[str, Sequence[Tensor]], read: dict[str, Sequen
                     continue
                 if is_written and tensor.is_inference() and not torch.is_inference_mode_enabled():
                     raise ValueError(f"{op}: expected to write to {name}[{i}], got an inference tensor: clone() it")
-                own = tensor.numel() if _is_dense(tensor) else 1
-                start = tensor.data_ptr()
+                start, own = tensor.data_ptr(), tensor.numel() if _is_dense(tensor) else 1
                 places.append((start, start + own * tensor.element_size(), is_written, f"{name}[{i}]"))
     ends = {True: (0, ""), False: (0, "")}  # how far what is written reaches so far, and what is read; and who
     for start, end, is_written, name in sorted(places):
@@ -344,5 +343,7 @@ def memory(op: str, written: dict[str, Sequence[Tensor]], read: dict[str, Sequen
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether elements follow each other without gaps, in any order of dimensions."""
+    if tensor.is_contiguous():
+        return True
     last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.numel() == last + 1

@@ -22,11 +22,13 @@ class Network(nn.Module):
         self.convolution = nn.Conv2d(6, 8, 3)
         self.norm = nn.BatchNorm2d(8)
         self.dropout = nn.Dropout(0.2)
-        self.linear = nn.Linear(8 * 16, CLASSES)
+        self.linear = nn.Linear(8 * 16, 12)
+        self.last = nn.Linear(12, CLASSES, dtype=torch.bfloat16)
 
     def forward(self, words):
         image = self.embedding(words).transpose(1, 2).unflatten(2, (6, 6))
-        return self.linear(self.dropout(self.norm(self.convolution(image)).relu()).flatten(1))
+        hidden = self.linear(self.dropout(self.norm(self.convolution(image)).relu()).flatten(1))
+        return self.last(hidden.relu().bfloat16()).float()
 
 
 class Run:
@@ -38,12 +40,11 @@ class Run:
         self.words = torch.randint(WORDS, (EXAMPLES, LENGTH), generator=self.data)
         self.labels = torch.randint(CLASSES, (EXAMPLES,), generator=self.data)
         self.network = Network()
-        groups = {False: [], True: []}
-        for name, param in self.network.named_parameters():
-            groups[name.startswith("linear")].append((name, param))
+        groups = [{"params": list(module.named_parameters(name))} for name, module in self.network.named_children()]
         # The bias joins, and what is solved with is older than the newest F: a resumed run needs its cached factors.
-        lazy = {"params": groups[True], "segment": 48, "update_interval": 2, "factor_interval": 3}
-        self.optimizer = MBF([{"params": groups[False]}, lazy], lr=3e-3, weight_decay=0.1)
+        groups[-2] |= {"segment": 48, "update_interval": 2, "factor_interval": 3}
+        groups[-1] |= {"stochastic_rounding": True}
+        self.optimizer = MBF([group for group in groups if group["params"]], lr=3e-3, weight_decay=0.1)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=50)
         self.order, self.position, self.steps = torch.empty(0, dtype=torch.int64), 0, 0
 

@@ -12,7 +12,7 @@ import torch
 from mbf_optim import MBF
 from torch import nn
 
-CYCLE = 200  # steps after which all that happens now and then has happened
+CYCLE = 100  # steps after which all that happens now and then has happened
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -67,17 +67,17 @@ def now_and_then(at, model, optimizer, group):
     """What a long run does beside its steps."""
     if at == 10:
         str(optimizer.report())
-    elif at in (20, 40):  # a step without the gradients of some tensors; they come back with the next one
+    elif at in (15, 25):  # a step without the gradients of some tensors; they come back with the next one
         optimizer.zero_grad()
         model[3](torch.ones(1, 6, 3, 3, dtype=model[3].weight.dtype)).sum().backward()
         optimizer.step()
+    elif at in (30, 40):
+        group["damping"], group["weight_decay"] = (0.1, 0.01) if at == 30 else (0.3, 0.0)
+    elif at in (45, 55):
+        group["graft"] = None if at == 45 else "adam"
     elif at in (60, 70):
-        group["damping"], group["weight_decay"] = (0.1, 0.01) if at == 60 else (0.3, 0.0)
-    elif at in (80, 90):
-        group["graft"] = None if at == 80 else "adam"
-    elif at in (100, 110):
-        group["nesterov"] = at == 110
-    elif at == 120:
+        group["nesterov"] = at == 70
+    elif at == 80:
         optimizer.load_state_dict(optimizer.state_dict())
 
 

@@ -12,7 +12,9 @@ from soak import CYCLE
 
 SOAKS = {  # steps, 20 times a whole number of cycles; dtype, options
     "float32": (20_000, "float32", {}),
-    "capturable": (20 * CYCLE, "float64", {"capturable": True}),
+    "capturable": (40 * CYCLE, "float64", {"capturable": True}),
+    "bfloat16, master weights": (20 * CYCLE, "bfloat16", {"master_weights": True}),
+    "bfloat16, stochastic rounding": (20 * CYCLE, "bfloat16", {"stochastic_rounding": True}),
 }
 WARM = 4  # of the 20 measurements
 
