@@ -264,13 +264,14 @@ def _matrices(
         checks.same_blocks(op, fishers, factors)
     if not refactor and factors is None:
         raise ValueError(f"{op}: expected factors when refactor is False, got none")
-    skipped = () if skipped is None else skipped
-    checks.tensor_lists(op, skipped=skipped)
+    if skipped is not None:
+        checks.tensor_lists(op, skipped=skipped)
+        checks.same_length(op, fishers=fishers, skipped=skipped)
     checks.one_size(op, fishers)
     return (
         [fisher.data for fisher in fishers],
         [factor.data for factor in factors or ()],
-        list(skipped),
+        list(skipped or ()),
         [fisher.count for fisher in fishers],
         fishers[0].size if fishers else 1,
     )

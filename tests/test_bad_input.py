@@ -104,6 +104,7 @@ CASES += [
     ("mbf_step_", "factors missing", "refactor", False),
     ("mbf_step_", "skipped: dtype", "skipped", [torch.tensor(0.0)]),
     ("mbf_step_", "skipped: too many", "skipped", [torch.tensor(0)] * 2),
+    ("mbf_step_", "skipped: nothing", "skipped", []),
     ("mbf_step_", "skipped: shape", "skipped", [torch.zeros(B, dtype=torch.int64)]),
     ("mbf_step_", "skipped: sparse", "skipped", [torch.zeros(1, dtype=torch.int64).to_sparse()]),
     ("mbf_step_", "skipped: a tensor", "skipped", vectors(2)),

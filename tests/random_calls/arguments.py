@@ -50,7 +50,7 @@ class Call:
 
     def spoil(self, choices: Choices) -> None:
         """Makes one argument, or the number of them, such that the call has to be refused."""
-        self.refused, self.with_grad, self.names = True, True, (self.name, *self.arguments, *self.names)
+        self.refused, self.with_grad, self.names = True, True, (self.name, *self.arguments, *self.bad, *self.names)
         missing = self.arguments and not self.optional
         name = choices.of([*self.bad, "unknown", *["missing"] * bool(missing), *["overlap"] * bool(self.overlaps)])
         if name == "missing":

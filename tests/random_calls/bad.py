@@ -49,7 +49,7 @@ ANY_TENSOR = constants([None, 3, "text", 0.5, np.ones(3), object()]) + [
     lambda t: t.detach().clone().requires_grad_(),
 ]
 WRITTEN = ANY_TENSOR + [
-    lambda t: t[:1].expand(2, *t.shape[1:]) if t.ndim and len(t) == 2 else None,
+    lambda t: t[:1].expand(t.shape) if t.ndim and len(t) > 1 else None,
     lambda t: overlapping(t) if t.ndim > 1 and min(t.shape) > 1 else None,
     inference,
 ]

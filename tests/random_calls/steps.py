@@ -191,10 +191,10 @@ class CachedFactor:
 class Step:
     """A step over one or two tensors, with cached factors and counters or without."""
 
-    def __init__(self, op: str, choices: Choices):
-        self.op, self.tensors_need = op, Call(op, None, {})
+    def __init__(self, op: str, choices: Choices, first_call: Call):
+        self.op, self.first_call = op, first_call
         dtype, size = choices.of(DTYPES), choices.of(SIZES)
-        self.problems = [Problem(op, choices, dtype, size, self.tensors_need) for _ in range(choices.of([1, 2]))]
+        self.problems = [Problem(op, choices, dtype, size, first_call) for _ in range(choices.of([1, 2]))]
         self.has_squares = op == "mbf_diagonal_step_" or (op == "mbf_shared_step_" and not choices.one_in(5))
         self.counted = op != "mbf_diagonal_step_" and choices.one_in(2)
         self.cached = None
@@ -217,7 +217,7 @@ class Step:
     def aim(self, choices: Choices, call: Call, weights_for: int | None) -> tuple[list, dict]:
         """Gradients and options for a call, whose check is made."""
         call.written = list(self.tensors().values())
-        call.with_grad = self.tensors_need.with_grad
+        call.with_grad = self.first_call.with_grad
         grads = [p.draw(choices, call, read_only=True) for p in self.problems]
         at, poison = None, choices.of([None, None, None, torch.nan, torch.inf])
         if poison is not None:
@@ -246,19 +246,18 @@ class Step:
             if cached:
                 cached.check(mine, here)
 
-    def bad(self) -> dict:
-        """What makes its tensors and matrices ones to be refused."""
+    def bad(self, options: dict) -> dict:
+        """What makes its arguments ones to be refused."""
         wrong = {"params": bad.WRITTEN_TENSORS, "momenta": bad.WRITTEN_TENSORS, "grads": bad.TENSORS}
-        if self.op == "mbf_diagonal_step_":
+        if self.op == "mbf_diagonal_step_" or (self.has_squares and options["graft"]):
             wrong["squares"] = bad.WRITTEN_TENSORS
         if self.op != "mbf_diagonal_step_":
-            wrong["fishers"] = bad.BLOCK_LISTS
-            wrong["graft"] = bad.GRAFTS
+            wrong |= {"fishers": bad.BLOCK_LISTS, "refactor": [lambda old: False]}
         if self.counted:
             wrong["skipped"] = bad.OPTIONAL_COUNTERS
         if self.cached:
             wrong |= {"factors": bad.OPTIONAL_BLOCK_LISTS, "refactor": bad.FLAGS}
-        return wrong
+        return wrong | bad_options(options)
 
     def overlaps(self) -> list:
         first = self.problems[0]
@@ -275,16 +274,17 @@ class Step:
 
 
 def bad_options(options: dict) -> dict:
-    return {name: NUMBERS[name][1] if name in NUMBERS else bad.FLAGS for name in options if name != "graft"}
+    kinds = dict.fromkeys(options, bad.FLAGS) | {name: NUMBERS[name][1] for name in NUMBERS} | {"graft": bad.GRAFTS}
+    return {name: kinds[name] for name in options}
 
 
 def step(op: str, choices: Choices):
-    now = Step(op, choices)
     call = Call(op, getattr(mbf_kernels, op), {})
+    now = Step(op, choices, call)
     grads, options = now.aim(choices, call, weights_for=len(now.problems))
     lists = now.tensors()
     call.arguments = {"params": lists.pop("params"), "grads": grads} | lists | options
-    call.bad, call.overlaps = now.bad() | bad_options(options), now.overlaps()
+    call.bad, call.overlaps = now.bad(options), now.overlaps()
     yield call
 
 
@@ -302,18 +302,21 @@ def mbf_diagonal_step_(choices: Choices):
 
 def prepared_step(choices: Choices):
     """A PreparedStep and some calls of it, each with gradients and options of its own."""
-    op = choices.of(["mbf_step_", "mbf_shared_step_", "mbf_diagonal_step_"])
-    now, made = Step(op, choices), []
-    make = Call("PreparedStep", lambda **arguments: made.append(PreparedStep(**arguments)), {"op": op} | now.tensors())
-    no_lists = bad.lists(bad.constants([None, 3, "text", {}]))[:-2]
-    make.bad = {"op": bad.constants(["step", None, 3, ["mbf_step_"]]), "params": no_lists, "momenta": no_lists}
+    op, made = choices.of(["mbf_step_", "mbf_shared_step_", "mbf_diagonal_step_"]), []
+    make = Call("PreparedStep", lambda **arguments: made.append(PreparedStep(**arguments)), {})
+    now = Step(op, choices, make)
+    make.arguments = {"op": op} | now.tensors()
+    no_lists = bad.lists(bad.constants([None, 3, "text", {}]))
+    make.bad = {name: no_lists for name in ("params", "momenta", "squares") if make.arguments.get(name)}
+    make.bad |= {name: bad.constants([5, "ab", {}, [None], [3]]) for name in ("fishers", "factors", "skipped")}
+    make.bad["op"] = bad.constants(["step", None, 3, ["mbf_step_"]])
     yield make
     if not made:  # the call was spoilt
         return
     for _ in range(choices.of([3, 1, 2])):
         call = Call(op, made[0], {})
         grads, options = now.aim(choices, call, weights_for=None)
-        call.bad = {"grads": bad.lists(bad.ANY_TENSOR), "graft": bad.GRAFTS} | bad_options(options)
+        call.bad = {"grads": bad.lists(bad.ANY_TENSOR)} | bad_options(options)
         flat = [part for entry in grads for part in (entry if isinstance(entry, tuple) else (entry,))]
         call.arguments = {"grads": flat}
         second = {"fisher_weight": "second_weight", "square_weight": "second_weight"}
@@ -340,7 +343,11 @@ def rank_one_step_(choices: Choices):
         for name in ("lr", "momentum", "damping", "weight_decay", "momentum_weight")
     } | {"decoupled": flag(choices)}
     call.arguments, call.written = lists | options, [lists["params"], lists["momenta"]]
-    call.bad = bad_options(options) | {"params": bad.WRITTEN_TENSORS, "momenta": bad.WRITTEN_TENSORS}
+    call.bad = bad_options(options) | {
+        "graft": bad.constants([None]),
+        "params": bad.WRITTEN_TENSORS,
+        "momenta": bad.WRITTEN_TENSORS,
+    }
     call.bad["grads"] = bad.TENSORS
     call.overlaps = [("grads", lambda old: [lists["params"][0], *old[1:]])]
     call.bad |= {name: bad.TENSORS for name in ("rows", "columns") if lists[name][0] is not None}
