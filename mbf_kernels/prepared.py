@@ -69,7 +69,7 @@ class PreparedStep:
         self._tensors = {"params": params, "momenta": momenta, "squares": squares}
         self._matrices = {"fishers": fishers, "factors": factors, "skipped": skipped}
         self._views = views or [(None,) * len(parts) for parts in params]
-        checks.same_length(op, params=params, momenta=momenta, squares=squares or params, views=self._views)
+        checks.same_length(op, **{n: g for n, g in self._tensors.items() if g is not None}, views=self._views)
         self._params = [part for parts in params for part in parts]
         others = [part for group in (momenta, squares) for parts in group or () for part in parts]
         blocks = [block.data for group in (fishers, factors) for block in group or ()]

@@ -407,6 +407,7 @@ BAD_STEPS = {
     "fishers": (dict(fishers=[1]), r"mbf_step_: expected fishers\[0\]"),
     "skipped": (dict(skipped=[1]), r"mbf_step_: expected skipped\[0\]"),
     "too many": (dict(momenta=[torch.ones(5, 9)] * 2), "mbf_step_: expected lists of one length"),
+    "none of squares": (dict(squares=[]), "mbf_step_: expected lists of one length"),
     "views": (dict(views=[(None,)] * 2), "mbf_step_: expected lists of one length"),
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 CALLS = int(os.environ.get("RANDOM_CALLS", 20_000))  # `make reliability`: 100,000
-SHARES = {"storage": 0.1, "ops": 0.35, "steps": 0.4, "optimizer": 0.15}
+SHARES = {"storage": 0.15, "ops": 0.35, "steps": 0.3, "optimizer": 0.2}
 
 
 @pytest.mark.parametrize("group", SHARES)
