@@ -1,6 +1,7 @@
 # make demo    train three problems with MBF and its rivals; FAST=1 for a minute's worth
 # make test    the test suite
 # make examples    train under Lightning, Accelerate, Transformers and timm: the part of the suite that runs examples/
+# make reliability    100,000 random calls of the public functions, five times those of make test
 # make bench   kernels and optimizer steps beside their peers: report.html and figures in benchmarks/results/; FAST=1 for
 #              two minutes' worth, PEERS=1 to install the libraries it compares with, OUT=folder for another place
 # make performance    docs/performance.md and the README's figures from the committed results of make bench
@@ -41,7 +42,7 @@ PY = $(VENV)/bin/python
 NATIVE = $(wildcard csrc/* csrc/*/*) CMakeLists.txt setup.py pyproject.toml
 SOURCES_CXX = $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: demo test examples bench performance gpu gates sanitize-address sanitize-thread instructions lint format clean
+.PHONY: demo test reliability examples bench performance gpu gates sanitize-address sanitize-thread instructions lint format clean
 
 demo: $(VENV)/installed
 	$(PY) -m benchmarks.demo $(if $(FAST),--fast)
@@ -53,6 +54,9 @@ test: $(VENV)/installed $(VENV)/curvlinops $(VENV)/engines
 
 examples: $(VENV)/engines
 	$(PY) -m pytest tests/test_examples.py -q -n auto
+
+reliability: $(VENV)/installed
+	RANDOM_CALLS=100000 $(PY) -m pytest tests/test_random_calls.py -q -n auto
 
 bench: $(VENV)/installed $(if $(PEERS),$(VENV)/peers)
 	BENCH_COMMAND="$(strip make bench $(if $(FAST),FAST=1) $(if $(PEERS),PEERS=1))" \

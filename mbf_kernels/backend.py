@@ -43,9 +43,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _require(name: str) -> None:
-    status = backends()
-    if name not in status:
+    if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"use_backend: expected one of {', '.join(NAMES)}, got {name!r}")
+    status = backends()
     if status[name] != "available":
         raise RuntimeError(f"use_backend: {name!r} is not available: {status[name]}")
 

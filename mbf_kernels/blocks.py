@@ -63,8 +63,7 @@ class SymmetricBlocks:
     ) -> SymmetricBlocks:
         """``count`` zero blocks. Raises ValueError for a negative count or a size below 1, TypeError for a dtype
         other than float32 and float64."""
-        if count < 0 or size < 1:
-            raise ValueError(f"SymmetricBlocks.zeros: expected count >= 0 and size >= 1, got {count} and {size}")
+        _check_extent("SymmetricBlocks.zeros", count, size)
         _check_dtype("SymmetricBlocks.zeros", dtype)
         return cls(torch.zeros(storage_shape(count, size), dtype=dtype, device=device), count, size)
 
@@ -95,6 +94,8 @@ class SymmetricBlocks:
         if size != columns or size < 1:
             raise ValueError(f"SymmetricBlocks.from_dense: expected [B, n, n] blocks, got shape {list(dense.shape)}")
         dense = dense.detach()
+        if dense.is_meta:
+            raise ValueError("SymmetricBlocks.from_dense: expected blocks with values, got them on meta")
         if count:
             asymmetry = (dense - dense.mT).abs().amax((1, 2))
             bound = size * torch.finfo(dense.dtype).eps * dense.abs().amax((1, 2))
@@ -126,6 +127,8 @@ class SymmetricBlocks:
     @classmethod
     def cat(cls, parts: Sequence[SymmetricBlocks]) -> SymmetricBlocks:
         """The blocks of all ``parts`` (at least one, all of one size) in a row, in new storage."""
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, SymmetricBlocks) for part in parts):
+            raise TypeError(f"SymmetricBlocks.cat: expected a list of SymmetricBlocks, got {parts!r}")
         sizes = sorted({part.size for part in parts})
         if len(sizes) != 1:
             raise ValueError(f"SymmetricBlocks.cat: expected one or more parts of one size, got sizes {sizes}")
@@ -135,7 +138,9 @@ class SymmetricBlocks:
 
     def split(self, counts: Sequence[int]) -> list[SymmetricBlocks]:
         """The inverse of ``cat``: runs of ``counts`` blocks. Block-major runs share this storage."""
-        if sum(counts) != self.count:
+        if not isinstance(counts, list | tuple) or not all(isinstance(n, int | torch.SymInt) for n in counts):
+            raise TypeError(f"SymmetricBlocks.split: expected a list of integers, got {counts!r}")
+        if sum(counts) != self.count or min(counts, default=0) < 0:
             raise ValueError(f"SymmetricBlocks.split: expected counts that add up to {self.count}, got {list(counts)}")
         if len(counts) == 1:
             return [self]
@@ -194,8 +199,7 @@ def _store(packed: Tensor, count: int, size: int) -> Tensor:
 def check_storage(op: str, data: Tensor, count: int, size: int) -> None:
     """Raises unless ``data`` is the storage of ``count`` blocks of ``size``."""
     _check_tensor(op, "data", data)
-    if count < 0 or size < 1:
-        raise ValueError(f"{op}: expected count >= 0 and size >= 1, got {count} and {size}")
+    _check_extent(op, count, size)
     shape = storage_shape(count, size)
     if data.shape != shape:
         raise ValueError(
@@ -203,6 +207,13 @@ def check_storage(op: str, data: Tensor, count: int, size: int) -> None:
         )
     if not data.is_contiguous():
         raise ValueError(f"{op}: expected contiguous storage, got strides {list(data.stride())}")
+
+
+def _check_extent(op: str, count: int, size: int) -> None:
+    if not all(isinstance(number, int | torch.SymInt) for number in (count, size)):
+        raise TypeError(f"{op}: expected count and size to be integers, got {count!r} and {size!r}")
+    if count < 0 or size < 1:
+        raise ValueError(f"{op}: expected count >= 0 and size >= 1, got {count} and {size}")
 
 
 def _check_tensor(op: str, name: str, tensor: Tensor, ndim: int | None = None) -> None:

@@ -37,6 +37,26 @@ def tensor_lists(op: str, **lists: Sequence) -> None:
             tensors(op, **{f"{name}[{i}]": item for i, item in enumerate(items)})
 
 
+def parts(op: str, name: str, items: Sequence[Tensor | tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """A list of tensors and pairs as tuples."""
+    if not isinstance(items, list | tuple):
+        raise TypeError(f"{op}: expected {name} to be a list of tensors or pairs, got {type(items).__name__}")
+    entries = [item if isinstance(item, tuple) else (item,) for item in items]
+    for i, entry in enumerate(entries):
+        tensor_lists(op, **{f"{name}[{i}]": entry})
+        if len(entry) not in (1, 2):
+            raise ValueError(f"{op}: expected {name}[{i}] to be a tensor or a pair, got {len(entry)} tensors")
+    return entries
+
+
+def block_lists(op: str, **lists: Sequence) -> None:
+    for name, items in lists.items():
+        if not isinstance(items, list | tuple):
+            raise TypeError(f"{op}: expected {name} to be a list of SymmetricBlocks, got {type(items).__name__}")
+        for i, item in enumerate(items):
+            blocks(op, f"{name}[{i}]", item)
+
+
 def optional_tensor_lists(op: str, **lists: Sequence) -> None:
     for name, items in lists.items():
         if not isinstance(items, list | tuple):
@@ -103,9 +123,18 @@ def non_negative(op: str, **values: float) -> None:
 
 def number(op: str, name: str, value: object) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{op}: expected {name} to be a number or a 0-d tensor, got {value!r}") from None
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        pass
+    raise TypeError(f"{op}: expected {name} to be a number or a 0-d tensor, got {value!r}")
+
+
+def flag(op: str, name: str, value: object) -> bool:
+    try:
+        return bool(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{op}: expected {name} to be true or false, got {value!r}") from None
 
 
 def device_scalars(op: str, like: Tensor, **values: Tensor | None) -> None:
@@ -150,13 +179,17 @@ def step_tensors(
                 )
     for name, written in (like_params | {"params": params}).items():
         for i, tensor in enumerate(written):
-            if name != "grads" and 0 in tensor.stride() and _repeats(tensor):
-                raise ValueError(f"{op}: expected {name}[{i}] without repeated elements, got an expanded tensor")
+            if name != "grads" and not tensor.is_contiguous() and _repeats(tensor):
+                raise ValueError(
+                    f"{op}: expected {name}[{i}] without repeated elements, got strides {list(tensor.stride())} "
+                    f"of shape {list(tensor.shape)}"
+                )
+    one = (torch.int64, 1, params[0].device, torch.strided)
     for i, counter in enumerate(skipped):
-        if (counter.dtype, counter.numel(), counter.device) != (torch.int64, 1, params[0].device):
+        if (counter.dtype, counter.numel(), counter.device, counter.layout) != one:
             raise ValueError(
-                f"{op}: expected skipped[{i}] to be one int64 on {params[0].device}, got {list(counter.shape)} "
-                f"of {counter.dtype} on {counter.device}"
+                f"{op}: expected skipped[{i}] to be one dense int64 on {params[0].device}, got {list(counter.shape)} "
+                f"of {counter.dtype}, {counter.layout}, on {counter.device}"
             )
 
 
@@ -273,5 +306,44 @@ def _divides(tensor: Tensor, count: int, size: int) -> bool:
 
 
 def _repeats(tensor: Tensor) -> bool:
-    extents = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.numel() > 0 and any(stride == 0 and extent > 1 for extent, stride in extents)
+    """Whether two elements are one in memory. Dimensions that interleave, which views of plain tensors do not, are
+    taken to."""
+    last = 0  # the distance of the last element of the dimensions so far from the first
+    for stride, extent in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if extent > 1:
+            if stride <= last:
+                return True
+            last += (extent - 1) * stride
+    return False
+
+
+def memory(op: str, written: dict[str, Sequence[Tensor]], read: dict[str, Sequence[Tensor]]) -> None:
+    """Raises ValueError where a tensor begins in the memory of another and one of the two is written, or where what is
+    written is an inference tensor and this is not inference mode.
+
+    Of a tensor with gaps only the first element is known to be its own: the views of one weight interleave.
+    """
+    places = []
+    for is_written, lists in ((True, written), (False, read)):
+        for name, tensors in lists.items():
+            for i, tensor in enumerate(tensors):
+                if tensor is None or not tensor.numel():
+                    continue
+                if is_written and tensor.is_inference() and not torch.is_inference_mode_enabled():
+                    raise ValueError(f"{op}: expected to write to {name}[{i}], got an inference tensor: clone() it")
+                start, own = tensor.data_ptr(), tensor.numel() if _is_dense(tensor) else 1
+                places.append((start, start + own * tensor.element_size(), is_written, f"{name}[{i}]"))
+    ends = {True: (0, ""), False: (0, "")}  # how far what is written reaches so far, and what is read; and who
+    for start, end, is_written, name in sorted(places):
+        for other_is_written, (other_end, other) in ends.items():
+            if start < other_end and (is_written or other_is_written):
+                raise ValueError(f"{op}: expected memory of its own for each tensor, got {other} and {name} in one")
+        ends[is_written] = max(ends[is_written], (end, name))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether elements follow each other without gaps, in any order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() == last + 1

@@ -38,7 +38,7 @@ class _Memory:
 
     @staticmethod
     def _layouts_of(tensors: list[Tensor]) -> list[tuple] | None:
-        if any(tensor.layout != torch.strided for tensor in tensors):
+        if not all(isinstance(tensor, Tensor) and tensor.layout == torch.strided for tensor in tensors):
             return None
         return [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]
 

@@ -38,8 +38,9 @@ def accumulate_(
     """
     checks.blocks("accumulate_", "fisher", fisher)
     checks.tensors("accumulate_", g=g)
-    checks.no_grad("accumulate_", g)
-    torch.ops.mbf_kernels.accumulate_(fisher.data, fisher.count, fisher.size, g, float(decay))
+    checks.no_grad("accumulate_", fisher.data, g)
+    decay = checks.number("accumulate_", "decay", decay)
+    torch.ops.mbf_kernels.accumulate_(fisher.data, fisher.count, fisher.size, g, decay)
     return fisher
 
 
@@ -57,9 +58,8 @@ def factor(
     checks.blocks("factor", "fisher", fisher)
     damping, device_damping = _scalar("factor", "damping", damping)
     checks.no_grad("factor", fisher.data, device_damping)
-    data, info = torch.ops.mbf_kernels.factor(
-        fisher.data, fisher.count, fisher.size, damping, bool(relative), device_damping
-    )
+    relative = checks.flag("factor", "relative", relative)
+    data, info = torch.ops.mbf_kernels.factor(fisher.data, fisher.count, fisher.size, damping, relative, device_damping)
     return SymmetricBlocks(data, fisher.count, fisher.size), info
 
 
@@ -93,9 +93,10 @@ def accumulate_factor_solve_(
     checks.blocks(op, "fisher", fisher)
     checks.tensors(op, g=g, rhs=rhs)
     damping, device_damping = _scalar(op, "damping", damping)
-    checks.no_grad(op, g, rhs, device_damping)
+    checks.no_grad(op, fisher.data, g, rhs, device_damping)
+    decay, relative = checks.number(op, "decay", decay), checks.flag(op, "relative", relative)
     return torch.ops.mbf_kernels.accumulate_factor_solve_(
-        fisher.data, fisher.count, fisher.size, g, rhs, float(decay), damping, bool(relative), device_damping
+        fisher.data, fisher.count, fisher.size, g, rhs, decay, damping, relative, device_damping
     )
 
 
@@ -118,6 +119,7 @@ def _empty_accumulate(fisher, count, size, g, decay):
 
 
 def _accumulate(fisher, count, size, g, decay):
+    checks.memory("accumulate_", {"fisher": [fisher]}, {"g": [g]})
     samples = g if g.ndim == 3 else g[None]
     choose("accumulate_", fisher.device, size).accumulate_(SymmetricBlocks(fisher, count, size), samples, decay)
     torch.autograd.graph.increment_version(fisher)
@@ -172,6 +174,7 @@ def _empty_fused(fisher, count, size, g, rhs, decay, damping, relative, device_d
 
 
 def _fused(fisher, count, size, g, rhs, decay, damping, relative, device_damping):
+    checks.memory("accumulate_factor_solve_", {"fisher": [fisher]}, {"g": [g], "rhs": [rhs]})
     backend = choose("accumulate_factor_solve_", fisher.device, size)
     blocks = SymmetricBlocks(fisher, count, size)
     result = backend.accumulate_factor_solve_(blocks, g, rhs, decay, _either(device_damping, damping), relative)

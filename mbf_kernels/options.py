@@ -58,21 +58,21 @@ def step_options(
 ) -> StepOptions:
     """The options from the keywords of a step op. Raises TypeError for what is no number, ValueError for a form that
     does not exist."""
-    if graft not in (None, "adam"):
+    if not (graft is None or isinstance(graft, str) and graft == "adam"):
         raise ValueError(f'{op}: expected graft to be None or "adam", got {graft!r}')
     return StepOptions(
         lr if isinstance(lr, Tensor) else checks.number(op, "lr", lr),
-        float(momentum),
-        float(decay),
+        checks.number(op, "momentum", momentum),
+        checks.number(op, "decay", decay),
         damping if isinstance(damping, Tensor) else checks.number(op, "damping", damping),
-        float(weight_decay),
-        float(eps),
-        bool(relative),
+        checks.number(op, "weight_decay", weight_decay),
+        checks.number(op, "eps", eps),
+        checks.flag(op, "relative", relative),
         graft == "adam",
-        bool(nesterov),
-        bool(maximize),
-        bool(update),
-        bool(refactor),
-        float(diagonal_decay),
-        bool(decoupled),
+        checks.flag(op, "nesterov", nesterov),
+        checks.flag(op, "maximize", maximize),
+        checks.flag(op, "update", update),
+        checks.flag(op, "refactor", refactor),
+        checks.number(op, "diagonal_decay", diagonal_decay),
+        checks.flag(op, "decoupled", decoupled),
     )

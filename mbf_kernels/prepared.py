@@ -42,7 +42,7 @@ class PreparedStep:
 
     Args:
         op: "mbf_step_", "mbf_shared_step_" or "mbf_diagonal_step_".
-        params, momenta, squares: tensors; for each a tuple of one or two where a bias joins.
+        params, momenta, squares: tensors, or for each a tuple of one, or of two where a bias joins.
         views: for each of those tensors the view of it (and of its gradient, momentum and second moment) that the op
             takes; None: as it is.
         fishers, factors, skipped: as the op takes them.
@@ -51,18 +51,25 @@ class PreparedStep:
     def __init__(
         self,
         op: str,
-        params: Sequence[tuple[Tensor, ...]],
-        momenta: Sequence[tuple[Tensor, ...]],
-        squares: Sequence[tuple[Tensor, ...]] | None = None,
+        params: Sequence[Tensor | tuple[Tensor, ...]],
+        momenta: Sequence[Tensor | tuple[Tensor, ...]],
+        squares: Sequence[Tensor | tuple[Tensor, ...]] | None = None,
         fishers: Sequence[SymmetricBlocks] | None = None,
         factors: Sequence[SymmetricBlocks] | None = None,
         skipped: Sequence[Tensor] | None = None,
         views: Sequence[tuple[View | None, ...]] | None = None,
     ):
+        if not isinstance(op, str) or op not in _OPS:
+            raise ValueError(f"PreparedStep: expected op to be one of {', '.join(_OPS)}, got {op!r}")
         self._op = op
+        params, momenta = checks.parts(op, "params", params), checks.parts(op, "momenta", momenta)
+        squares = None if squares is None else checks.parts(op, "squares", squares)
+        checks.block_lists(op, **{n: g for n, g in (("fishers", fishers), ("factors", factors)) if g is not None})
+        checks.tensor_lists(op, skipped=() if skipped is None else skipped)
         self._tensors = {"params": params, "momenta": momenta, "squares": squares}
         self._matrices = {"fishers": fishers, "factors": factors, "skipped": skipped}
         self._views = views or [(None,) * len(parts) for parts in params]
+        checks.same_length(op, **{n: g for n, g in self._tensors.items() if g is not None}, views=self._views)
         self._params = [part for parts in params for part in parts]
         others = [part for group in (momenta, squares) for parts in group or () for part in parts]
         blocks = [block.data for group in (fishers, factors) for block in group or ()]
@@ -80,6 +87,9 @@ class PreparedStep:
         **options,  # of the op
     ) -> None:
         """Raises what the op raises."""
+        checks.tensor_lists(self._op, grads=grads)
+        if len(grads) != len(self._params):
+            raise ValueError(f"{self._op}: expected {len(self._params)} grads, got {len(grads)}")
         grads = list(grads)
         if self.aim(grads) and self._kept.takes(options):
             numbers = StepNumbers(momentum_weight, second_weight, options.pop("lr"), options.pop("damping", 0.0))
@@ -151,7 +161,9 @@ class _Kept:
 
     @classmethod
     def of(cls, step: PreparedStep, grads: list[Tensor], options: dict) -> _Kept | None:
-        """None where the backend has no launch to keep."""
+        """None where the backend has no launch to keep, or where a lazy minus stands before a tensor."""
+        if any(map(Tensor.is_neg, (*step._written, *grads))):
+            return None
         prepare = getattr(choose(step._op, step._params[0].device, step._size), _PREPARE[step._op], None)
         if prepare is None:
             return None
@@ -174,7 +186,7 @@ class _Kept:
         if asked_for() != self._asked_for or not self._written.holds(written):
             return False
         addresses = self._grads.addresses(grads)
-        if addresses is None:
+        if addresses is None or any(map(Tensor.is_neg, grads)):  # a lazy minus is not in the memory
             return False
         self._launch.set_gradients(addresses if self._offsets is None else list(map(add, addresses, self._offsets)))
         return True

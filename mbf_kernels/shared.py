@@ -85,7 +85,7 @@ def _with_scale(fishers: SymmetricBlocks, damping: float | Tensor) -> SymmetricB
     zero = fishers.diagonal().sum(1) == 0
     packed = fishers.to_packed()
     i = torch.arange(fishers.size, device=fishers.device)
-    identity = torch.zeros_like(packed[0]).index_fill_(0, i * (i + 3) // 2, 1) / (1 + damping)
+    identity = torch.zeros_like(packed[0]).index_fill_(0, i * (i + 3) // 2, 1) / (1 + wide(damping))
     return SymmetricBlocks.from_packed(torch.where(zero[:, None], identity.to(packed.dtype), packed))
 
 

@@ -69,6 +69,7 @@ def mbf_step_(
         op, lr=lr, momentum=momentum, decay=decay, damping=damping, weight_decay=weight_decay, relative=relative,
         graft=graft, nesterov=nesterov, eps=eps, maximize=maximize, update=update, refactor=refactor,
     )  # fmt: skip
+    checks.block_lists(op, fishers=fishers)
     checks.same_length(op, params=params, grads=grads, momenta=momenta, fishers=fishers)
     weights = _weights(op, len(params), momentum_weight=momentum_weight, fisher_weight=fisher_weight)
     matrices = _matrices(op, fishers, factors, refactor, skipped)
@@ -131,12 +132,13 @@ def mbf_shared_step_(
     lists = {"params": params, "grads": grads, "momenta": momenta}
     if graft is not None:
         lists["squares"] = squares if squares is not None else ()
-    parts = {name: _parts(op, name, items) for name, items in lists.items()}
+    parts = {name: checks.parts(op, name, items) for name, items in lists.items()}
     options = step_options(
         op, lr=lr, momentum=momentum, decay=decay, damping=damping, weight_decay=weight_decay, relative=relative,
         graft=graft, nesterov=nesterov, eps=eps, maximize=maximize, update=update, refactor=refactor,
         diagonal_decay=diagonal_decay,
     )  # fmt: skip
+    checks.block_lists(op, fishers=fishers)
     checks.same_length(op, **parts, fishers=fishers)
     weights = _weights(op, len(params), momentum_weight=momentum_weight, square_weight=square_weight)
     matrices = _matrices(op, fishers, factors, refactor, skipped)
@@ -239,7 +241,7 @@ def _weights(op: str, count: int, **weights: Weights) -> tuple[list, ...]:
     """Numbers of both, one per tensor, and tensors of both; of each one list is empty."""
     numbers, tensors = [], []
     for name, weight in weights.items():
-        per_tensor = list(weight) if isinstance(weight, Sequence) else [weight] * count
+        per_tensor = list(weight) if isinstance(weight, list | tuple) else [weight] * count
         on_device = bool(per_tensor) and isinstance(per_tensor[0], Tensor)
         if on_device:
             checks.tensor_lists(op, **{name: per_tensor})
@@ -256,15 +258,15 @@ def _matrices(
     skipped: Sequence[Tensor] | None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], int]:
     """Storage of F and L, counters, counts and the size."""
-    for name, group in (("fishers", fishers), ("factors", factors or ())):
-        for member in group:
-            checks.blocks(op, name, member)
     if factors is not None:
+        checks.block_lists(op, factors=factors)
         checks.same_length(op, fishers=fishers, factors=factors)
         checks.same_blocks(op, fishers, factors)
     if not refactor and factors is None:
         raise ValueError(f"{op}: expected factors when refactor is False, got none")
-    checks.tensor_lists(op, skipped=skipped or ())
+    if skipped is not None:
+        checks.tensor_lists(op, skipped=skipped)
+        checks.same_length(op, fishers=fishers, skipped=skipped)
     checks.one_size(op, fishers)
     return (
         [fisher.data for fisher in fishers],
@@ -273,17 +275,6 @@ def _matrices(
         [fisher.count for fisher in fishers],
         fishers[0].size if fishers else 1,
     )
-
-
-def _parts(op: str, name: str, items: Sequence[Joined]) -> list[tuple[Tensor, ...]]:
-    if not isinstance(items, list | tuple):
-        raise TypeError(f"{op}: expected {name} to be a list of tensors or pairs, got {type(items).__name__}")
-    entries = [item if isinstance(item, tuple) else (item,) for item in items]
-    for i, entry in enumerate(entries):
-        checks.tensor_lists(op, **{f"{name}[{i}]": entry})
-        if len(entry) not in (1, 2):
-            raise ValueError(f"{op}: expected {name}[{i}] to be a tensor or a pair, got {len(entry)} tensors")
-    return entries
 
 
 # The options of a step as an op takes them: floats, flags, and the tensors that win over floats.
@@ -352,6 +343,8 @@ def _step(
     params, grads, momenta, fishers, factors, skipped, counts, size,
     momentum_weights, fisher_weights, device_momentum_weights, device_fisher_weights, *numbers,
 ):  # fmt: skip
+    written = {"params": params, "momenta": momenta, "fishers": fishers, "factors": factors}
+    checks.memory("mbf_step_", written, {"grads": grads})
     pick, pick_blocks = _pickers(counts, size)
     info = choose("mbf_step_", params[0].device, size).mbf_step_(
         pick(params), pick(grads), pick(momenta), pick_blocks(fishers), pick_blocks(factors), pick(skipped),
@@ -407,6 +400,8 @@ def _shared(
     params, grads, momenta, squares, lengths, fishers, factors, skipped, counts, size,
     momentum_weights, square_weights, device_momentum_weights, device_square_weights, *numbers,
 ):  # fmt: skip
+    written = {"params": params, "momenta": momenta, "squares": squares, "fishers": fishers, "factors": factors}
+    checks.memory("mbf_shared_step_", written, {"grads": grads})
     pick, pick_blocks = _pickers(counts, size)
     tensors = [pick(_entries(t, lengths)) if t else [] for t in (params, grads, momenta, squares)]
     info = choose("mbf_shared_step_", params[0].device, size).mbf_shared_step_(
@@ -439,6 +434,7 @@ def _diagonal(
     params, grads, momenta, squares,
     momentum_weights, square_weights, device_momentum_weights, device_square_weights, *numbers,
 ):  # fmt: skip
+    checks.memory("mbf_diagonal_step_", {"params": params, "momenta": momenta, "squares": squares}, {"grads": grads})
     choose("mbf_diagonal_step_", params[0].device, 1).mbf_diagonal_step_(
         params, grads, momenta, squares,
         device_momentum_weights or momentum_weights, device_square_weights or square_weights, _options(numbers),
@@ -462,6 +458,8 @@ def _empty_rank_one(*arguments):
 def _rank_one(
     params, grads, momenta, rows, columns, momentum_weights, device_momentum_weights, *numbers
 ):  # fmt: skip
+    read = {"grads": grads, "rows": rows, "columns": columns}
+    checks.memory("rank_one_step_", {"params": params, "momenta": momenta}, read)
     keep = [i for i, param in enumerate(params) if param.numel()]
     lists = (params, grads, momenta, rows, columns, device_momentum_weights or momentum_weights)
     choose("rank_one_step_", params[0].device, 1).rank_one_step_(

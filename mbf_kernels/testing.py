@@ -127,7 +127,7 @@ def solution_tolerance(a: Tensor, dtype: torch.dtype, samples: int = 1) -> Tenso
 def assert_bitwise(actual: Tensor, expected: Tensor) -> None:
     """The same shape, dtype and bits: NaN equals NaN, and 0 differs from -0."""
     assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
-    word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
+    word = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
     actual, expected = (t.detach().contiguous().view(word) for t in (actual, expected))
     different = actual != expected.to(actual.device)
     assert not bool(different.any()), f"{int(different.sum())} of {different.numel()} elements differ"

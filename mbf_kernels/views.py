@@ -148,7 +148,8 @@ class RankOneView:
         else:
             if column.numel() == 1:  # one row has more to share than many of one element
                 row, column = column, row
-            row, column = row.contiguous(), column.contiguous()
+            # the dispatcher resolves a lazy minus of tensors, but not of those in a list of optional ones
+            row, column = (vector.resolve_neg().contiguous() for vector in (row, column))
             self.columns = column.numel()
             strides, self.order = row_layout(param.shape, param.stride(), self.columns)
         self.row, self.column = row, column

@@ -93,15 +93,21 @@ CASES += [
     ("mbf_step_", "fishers: dtype", 3, [blocks(dtype=torch.float64)]),
     ("mbf_step_", "fishers: device", 3, [blocks(device="meta")]),
     ("mbf_step_", "fishers: tensor", 3, [vectors()]),
+    ("mbf_step_", "fishers: none", 3, None),
+    ("mbf_step_", "fishers: number", 3, 1),
     ("mbf_step_", "graft", "graft", "sgd"),
     ("mbf_step_", "factors: size", "factors", [blocks(B, 8)]),
     ("mbf_step_", "factors: count", "factors", [blocks(B + 1)]),
     ("mbf_step_", "factors: dtype", "factors", [blocks(dtype=torch.float64)]),
     ("mbf_step_", "factors: too many", "factors", [blocks(), blocks()]),
+    ("mbf_step_", "factors: number", "factors", 1),
     ("mbf_step_", "factors missing", "refactor", False),
     ("mbf_step_", "skipped: dtype", "skipped", [torch.tensor(0.0)]),
     ("mbf_step_", "skipped: too many", "skipped", [torch.tensor(0)] * 2),
+    ("mbf_step_", "skipped: nothing", "skipped", []),
     ("mbf_step_", "skipped: shape", "skipped", [torch.zeros(B, dtype=torch.int64)]),
+    ("mbf_step_", "skipped: sparse", "skipped", [torch.zeros(1, dtype=torch.int64).to_sparse()]),
+    ("mbf_step_", "skipped: a tensor", "skipped", vectors(2)),
 ]
 for name, weights in {"zero": 0.0, "negative": -1.0, "nan": NAN, "too many": [1.0, 1.0]}.items():
     CASES += [("mbf_step_", f"{which}: {name}", which, weights) for which in ("momentum_weight", "fisher_weight")]
@@ -165,6 +171,7 @@ for name, weights in {"zero": 0.0, "negative": -1.0, "nan": NAN, "too many": [1.
     CASES.append(("rank_one_step_", f"momentum_weight: {name}", "momentum_weight", weights))
     for op in ("mbf_shared_step_", "mbf_diagonal_step_"):
         CASES += [(op, f"{which}: {name}", which, weights) for which in ("momentum_weight", "square_weight")]
+NO_NUMBERS = {"digits": "0.5", "word": "much", "complex": 1j, "beyond floats": 10**400, "list": [0.5, 0.5, 0.5]}
 DOMAINS = {
     "decay": [-0.1, 1.1, NAN],
     "damping": [-1e-3, NAN, float("inf")],
@@ -184,6 +191,16 @@ for op, options in {
     "rank_one_step_": ["lr", "momentum", "damping", "weight_decay"],
 }.items():
     CASES += [(op, f"{option} = {value}", option, value) for option in options for value in DOMAINS[option]]
+    CASES += [(op, f"{option}: {what}", option, bad) for option in options for what, bad in NO_NUMBERS.items()]
+for op, flags in {
+    "factor": ["relative"],
+    "accumulate_factor_solve_": ["relative"],
+    "mbf_step_": ["relative", "nesterov", "maximize", "update", "refactor"],
+    "mbf_shared_step_": ["relative", "nesterov", "maximize", "update", "refactor"],
+    "mbf_diagonal_step_": ["maximize"],
+    "rank_one_step_": ["decoupled"],
+}.items():
+    CASES += [(op, f"{flag}: neither", flag, vectors(2)) for flag in flags]
 BAD_SCALARS = {
     "text": "much",
     "none": None,
@@ -311,10 +328,110 @@ def test_shared_blocks_of_two_sizes_in_one_call():
         mbf_shared_step_(two, two, two, None, [blocks(B, 9), blocks(B, 4)], **options)
 
 
+WRITTEN = {op: [0, 2, 3] if op in STEPS[1:3] else [0, 2] for op in STEPS}  # the lists of a step, besides gradients
+
+
+@pytest.mark.parametrize("op, at", [(op, at) for op in STEPS for at in WRITTEN[op]])
+def test_what_is_written_is_nothing_elses_memory(backend, op, at):
+    """The same tensor in two lists, and one that begins in another: refused before anything changes."""
+    args, options = valid(op)
+    tensor = args[at][0]
+    inside = torch.ones(2 * tensor.numel())[7:].as_strided(tensor.shape, tensor.stride())
+    around = inside.as_strided(tensor.shape, tensor.stride(), 0)
+    for other in {1, *WRITTEN[op]} - {at}:
+        for first, second in ((tensor, tensor), (around, inside)):
+            spoilt = list(args)
+            spoilt[at], spoilt[other] = [first], [second]
+            with pytest.raises(ValueError, match=rf"^{op}: expected memory of its own .*got .*\[0\] and .*\[0\]"):
+                getattr(mbf_kernels, op)(*spoilt, **options)
+            assert all((t == 1).all() for t in (tensor, inside, around))
+
+
+@pytest.mark.parametrize("op, at", [(op, at) for op in STEPS for at in WRITTEN[op]])
+def test_elements_that_overlap_are_not_written(backend, op, at):
+    args, options = valid(op)
+    shape = args[at][0].shape
+    args[at] = [vectors(args[at][0].numel()).as_strided(shape, (1,) * len(shape))]
+    with pytest.raises(ValueError, match=f"^{op}: expected .* without repeated elements, got "):
+        getattr(mbf_kernels, op)(*args, **options)
+    assert (args[at][0] == 1).all()
+
+
+def test_a_gradient_in_the_memory_of_its_matrix(backend):
+    f = blocks(B, 25)
+    inside = f.data[:, :25]
+    for call in (
+        lambda: mbf_kernels.accumulate_(f, inside, decay=0.9),
+        lambda: mbf_kernels.accumulate_factor_solve_(f, inside, vectors(B, 25), decay=0.9, damping=0.1),
+        lambda: mbf_kernels.accumulate_factor_solve_(f, vectors(B, 25), inside, decay=0.9, damping=0.1),
+    ):
+        with pytest.raises(ValueError, match="^accumulate_.*: .*expected .*got "):
+            call()
+
+
+def test_views_of_one_weight_that_interleave_are_apart(backend):
+    """As the runs of 4 inputs of a weight with 8: neither lies in the other."""
+    w, g, m = torch.ones(B, 8), torch.ones(B, 8), torch.zeros(B, 8)
+    halves = [[t[:, :4], t[:, 4:]] for t in (w, g, m)]
+    mbf_step_(*halves, [blocks(B, 4), blocks(B, 4)], lr=0.1, momentum=0.9, decay=0.9, damping=0.1)
+    assert (w != 1).all() and (m == 1).all()
+
+
+@pytest.mark.parametrize("op", STEPS)
+def test_inference_tensors_are_written_in_inference_mode_alone(backend, op):
+    args, options = valid(op)
+    with torch.inference_mode():
+        args[2] = [vectors(*args[2][0].shape)]
+    with pytest.raises(ValueError, match=f"^{op}: .*expected .*momenta.*got an inference tensor"):
+        getattr(mbf_kernels, op)(*args, **options)
+    assert_bitwise(args[0][0], vectors(*args[0][0].shape))
+    with torch.inference_mode():
+        getattr(mbf_kernels, op)(*args, **options)
+    assert (args[0][0] != 1).any()
+
+
+BAD_STORAGE = {
+    "zeros: count": lambda: SymmetricBlocks.zeros(2.0, 3),
+    "zeros: size": lambda: SymmetricBlocks.zeros(2, "3"),
+    "count": lambda: SymmetricBlocks(torch.zeros(1, 6, 32), 1.5, 3),
+    "size": lambda: SymmetricBlocks(torch.zeros(1, 6, 32), 2, None),
+    "cat: none": lambda: SymmetricBlocks.cat(None),
+    "cat: numbers": lambda: SymmetricBlocks.cat([1, 2]),
+    "cat: nothing": lambda: SymmetricBlocks.cat([]),
+    "split: none": lambda: blocks().split(None),
+    "split: below zero": lambda: blocks().split([-1, B + 1]),
+    "split: halves": lambda: blocks().split([0.5, B - 0.5]),
+    "from_dense: no values": lambda: SymmetricBlocks.from_dense(torch.zeros(2, 3, 3, device="meta")),
+}
+
+
+@pytest.mark.parametrize("call", BAD_STORAGE.values(), ids=BAD_STORAGE)
+def test_bad_storage(call):
+    with pytest.raises((TypeError, ValueError), match=r"^SymmetricBlocks.*: expected .*got "):
+        call()
+
+
+@pytest.mark.parametrize("name", [None, 3, "gpu", ["cpu"], {}], ids=str)
+def test_a_backend_that_does_not_exist(name):
+    with (
+        pytest.raises(ValueError, match="^use_backend: expected one of reference, .*got "),
+        mbf_kernels.use_backend(name),
+    ):
+        pass
+
+
 def test_storage_of_another_shape():
     for data in (vectors(1, 45, 31), vectors(2, 45, 32), vectors(32, 45).t().view(1, 45, 32)[:, :, ::2]):
         with pytest.raises(ValueError, match="expected"):
             SymmetricBlocks(data, B, N)
+
+
+@pytest.mark.parametrize("op", ["accumulate_", "factor", "solve", "accumulate_factor_solve_"])
+def test_no_silent_cut_of_a_graph_through_matrices(op):
+    args, options = valid(op)
+    args[0].data.requires_grad_()
+    with pytest.raises(RuntimeError, match=f"^{op}: "):
+        getattr(mbf_kernels, op)(*args, **options)
 
 
 @pytest.mark.parametrize("op", ["accumulate_", "solve", "accumulate_factor_solve_", *STEPS])

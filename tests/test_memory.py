@@ -56,6 +56,7 @@ CHANGES = {
 def test_no_addresses_of_what_is_laid_out_otherwise(make, change):
     first = tensors()
     made = make(first)
+    assert made.addresses([None, *first[1:]]) is None  # a gradient that is missing
     changed = [first[0], CHANGES[change](first[1].detach()), *first[2:]]
     assert made.addresses(changed) is None
     assert not made.holds(changed)

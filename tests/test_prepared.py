@@ -158,6 +158,22 @@ def test_gradients_change_their_layout(backend, device, op):
 
 
 @over_ops
+def test_a_lazy_minus(backend, device, op):
+    """A gradient that is to be negated when it is read, as imaginary parts of conjugates are; the next is not."""
+
+    def negated(t, lazy):
+        imaginary = torch.complex(torch.zeros_like(t), t)
+        return (imaginary.conj() if lazy else imaginary).imag
+
+    twins = Twins(op, device=device)
+    for lazy in (False, True, True, False, True):
+        grads = twins.grads(lambda t, lazy=lazy: negated(t, lazy))
+        assert all(g.is_neg() == lazy for g in grads)
+        twins.step(grads)
+        twins.check()
+
+
+@over_ops
 def test_storage_is_replaced(backend, device, op):
     """p.data = ..., momenta and second moments likewise, by copies and by other layouts: the old memory stays as it
     was."""
@@ -368,6 +384,43 @@ def test_a_bad_call_is_refused(backend, device, op, bad, calls):
     with pytest.raises(error, match=f"{op}.*{message}"):
         twins.prepared(twins.grads(), **spoil(twins.options))
     twins.check()
+
+
+@over_ops
+@pytest.mark.parametrize("calls", [0, 2])
+def test_another_number_of_gradients_is_refused(op, calls):
+    twins = Twins(op)
+    for _ in range(calls):
+        twins.step()
+    for grads in (twins.grads()[:-1], [*twins.grads(), *twins.grads()], [], None, [None] * len(twins.grads())):
+        with pytest.raises((TypeError, ValueError), match=f"^{op}: expected .*grads.*got "):
+            twins.prepared(grads, **twins.options)
+    twins.check()
+
+
+BAD_STEPS = {
+    "op": (dict(op="step"), "PreparedStep: expected op"),
+    "no name": (dict(op=["mbf_step_"]), "PreparedStep: expected op"),
+    "params": (dict(params=None), "mbf_step_: expected params"),
+    "numbers": (dict(momenta=[1]), r"mbf_step_: expected momenta\[0\]\[0\]"),
+    "three": (dict(params=[(torch.ones(5, 9),) * 3]), r"mbf_step_: expected params\[0\]"),
+    "fishers": (dict(fishers=[1]), r"mbf_step_: expected fishers\[0\]"),
+    "skipped": (dict(skipped=[1]), r"mbf_step_: expected skipped\[0\]"),
+    "too many": (dict(momenta=[torch.ones(5, 9)] * 2), "mbf_step_: expected lists of one length"),
+    "none of squares": (dict(squares=[]), "mbf_step_: expected lists of one length"),
+    "views": (dict(views=[(None,)] * 2), "mbf_step_: expected lists of one length"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_STEPS)
+def test_a_bad_step_is_refused(bad):
+    arguments, message = BAD_STEPS[bad]
+    good = dict(
+        op="mbf_step_", params=[torch.ones(5, 9)], momenta=[torch.ones(5, 9)], fishers=[SymmetricBlocks.zeros(5, 9)]
+    )
+    PreparedStep(**good)([torch.ones(5, 9)], lr=0.1, momentum=0.9, decay=0.9, damping=0.1)
+    with pytest.raises((TypeError, ValueError), match=f"^{message}.*got "):
+        PreparedStep(**good | arguments)
 
 
 @over_ops

@@ -210,15 +210,16 @@ def test_a_captured_step_is_the_eager_one():
 
 @over_dtypes
 def test_vectors_may_be_any_views(backend, device, dtype):
-    """A slice at an odd address, and every second element."""
-    lists = draw([((6, 4, 5, 3), 6), ((6,), 6)], dtype, device)
+    """A slice at an odd address, every second element, and a lazy minus before them."""
+    lists = draw([((6, 4, 5, 3), 6), ((6,), 6), ((2, 3), 2)], dtype, device)
     before = copied(lists)
     for vectors in lists[3:]:
-        for i, vector in enumerate(vectors):
+        for i, vector in enumerate(vectors[:2]):
             home = torch.full((2 * vector.numel() + 1,), torch.nan, dtype=dtype, device=device)
             vectors[i] = (home[1::2] if i else home[1 : 1 + vector.numel()]).copy_(vector)
+        vectors[2] = torch.complex(torch.zeros_like(vectors[2]), -vectors[2]).conj().imag
     rank_one_step_(*lists, **STEP)
-    for i in range(2):
+    for i in range(3):
         check(lists[0][i], lists[2][i], [b[i] for b in before], dtype, **STEP)
 
 

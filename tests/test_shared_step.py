@@ -245,6 +245,16 @@ def test_numbers_on_the_device(backend, device, dtype, number, options):
     assert all(tensor.item() == EXACT[name] for name, tensor in tensors.items())
 
 
+def test_a_number_on_the_device_loses_nothing_beside_a_zero_matrix(backend, device):
+    """lambda is 1 there, to the last bits of float64, though 1 + damping has no exact float32."""
+    damping = torch.tensor(0.3, dtype=torch.float32, device=device)
+    problem = Problem([(7, 2)], 9, torch.float64, device)
+    problem.f[0].zero_()
+    problem.fishers[0].data.zero_()
+    problem.step(damping=damping, relative=True, update=False)
+    problem.check(damping=damping.item(), relative=True, update=False)
+
+
 # ---- layouts
 
 
