@@ -1,8 +1,8 @@
 """The public functions, and their registration with ``torch.library`` as ``torch.ops.mbf_kernels.*``.
 
 A registered op takes the storage tensor, count and size of its blocks, checks everything and calls the chosen
-backend; a public function takes ``SymmetricBlocks`` and calls the op. In-place arguments are declared as mutated.
-No op is differentiable.
+backend; a public function takes ``SymmetricBlocks`` and calls the op. In-place arguments are declared as mutated, and
+refused where they share memory with another argument. No op is differentiable.
 
 A bad block hurts only itself: where a gradient is not finite or a pivot is not positive and finite, that block's F,
 momentum and weights stay as they were, its solution is zero, ``info`` says so, and its neighbours keep every bit.
