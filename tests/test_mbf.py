@@ -559,15 +559,17 @@ def test_the_same_bits_run_to_run():
 
 
 BAD_VALUES = {
-    "lr": [-1.0, math.nan],
-    "momentum": [1.0, -0.1],
+    "lr": [-1.0, math.nan, "0.5", 10**400],
+    "momentum": [1.0, -0.1, None],
     "decay": [1.5, -0.1],
     "damping": [-1.0, math.inf],
     "weight_decay": [-0.1],
     "diagonal_decay": [1.0, -0.1],
     "eps": [-1.0],
-    "graft": ["sgd"],
-    "blocks": ["rows", None],
+    "graft": ["sgd", np.array(["adam"])],
+    "blocks": ["rows", None, np.array(["row"] * 2)],
+    "average": ["much", None],
+    "capturable": [torch.ones(2)],
     "segment": [0, -3],
     "update_interval": [0, -1],
     "factor_interval": [0],

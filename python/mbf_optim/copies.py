@@ -32,8 +32,7 @@ class Copies:
         weights = [self._weight(param) for param in params]
         momenta = [self._take(states[param]["momentum"]) for param in params]
         squares = [self._take(states[param]["second_moment"]) for param in params if "second_moment" in states[param]]
-        self._originals = [weights, momenta, squares]
-        self._copies = [self._copied(tensors) for tensors in self._originals]
+        self._copies = [self._copied(tensors) for tensors in (weights, momenta, squares)]
         grads = [self._gradient(param, weight, unscale) for param, weight in zip(params, weights, strict=True)]
         copies, momenta, squares = self._copies
         for copy, grad in zip(copies, [_joined(grads)] if layer.joined else grads, strict=True):

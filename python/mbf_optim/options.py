@@ -10,9 +10,15 @@ from torch import Tensor
 
 from .partition import STRUCTURES
 
+FLAGS = (
+    "relative_damping", "nesterov", "average", "maximize", "capturable", "master_weights", "stochastic_rounding",
+)  # fmt: skip
+
 
 def check_options(options: dict) -> None:
     """Raises ValueError or TypeError naming the first option that is out of range."""
+    for name in FLAGS:
+        _require(isinstance(options[name], bool), name, "True or False", options[name])
     for name in ("lr", "damping", "weight_decay", "eps"):
         value = _number(name, options[name])
         _require(value >= 0 and math.isfinite(value), name, "finite and >= 0", options[name])
@@ -25,14 +31,12 @@ def check_options(options: dict) -> None:
         if options["capturable"]:
             _require(value in (None, 1), name, "None or 1 with capturable=True", value)
     _require(_is_count(options["segment"]), "segment", "an integer >= 1", options["segment"])
-    _require(options["graft"] in (None, "adam"), "graft", 'None or "adam"', options["graft"])
-    _require(options["blocks"] in STRUCTURES, "blocks", f"one of {', '.join(STRUCTURES)}", options["blocks"])
+    _require(_is_one_of(options["graft"], (None, "adam")), "graft", 'None or "adam"', options["graft"])
+    _require(_is_one_of(options["blocks"], STRUCTURES), "blocks", f"one of {', '.join(STRUCTURES)}", options["blocks"])
     grid = options["grid"]
     is_grid = isinstance(grid, tuple | list) and len(grid) == 2 and all(map(_is_count, grid))
     _require(grid is None or is_grid, "grid", "None or two integers >= 1", grid)
     _require(options["blocks"] != "grid" or grid is not None, "grid", '(m1, m2) with blocks="grid"', grid)
-    for name in ("master_weights", "stochastic_rounding"):
-        _require(isinstance(options[name], bool), name, "True or False", options[name])
     _require(not options["differentiable"], "differentiable", "False: steps have no derivatives", True)
     if options["stochastic_rounding"]:
         others = options["master_weights"] or options["capturable"]
@@ -73,6 +77,10 @@ def _check_on_device(name: str, value: Tensor, params: Iterable[Tensor]) -> None
             )
 
 
+def _is_one_of(value: object, known: tuple[str | None, ...]) -> bool:
+    return (value is None or isinstance(value, str)) and value in known
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
@@ -81,9 +89,11 @@ def _number(name: str, value: object) -> float:
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"MBF: Tensor {name} must be 1-element, got shape {list(value.shape)}")
     try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"MBF: expected {name} to be a number, got {value!r}") from None
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise TypeError(f"MBF: expected {name} to be a number, got {value!r}")
 
 
 def _require(good: bool, name: str, expected: str, value: object) -> None:
