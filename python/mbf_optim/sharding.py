@@ -72,10 +72,8 @@ def replicated(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def keeps_outputs_whole(params: Sequence[Tensor]) -> bool:
-    """Whether each output's weights, and its bias, are on one process."""
+    """Whether each output's weights, and its bias, are on one process; of parameters some of which are sharded."""
     first = params[0]
-    if not any(map(is_sharded, params)):
-        return True
     return all(
         is_sharded(param) and (param.device_mesh, param.placements) == (first.device_mesh, first.placements)
         for param in params
