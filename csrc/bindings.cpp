@@ -68,21 +68,23 @@ mbf::Problem problem(int64_t count, int64_t fisher, int64_t factor, int64_t info
 }
 
 // ((address, matrix stride, sample inner count, outer, inner, element inner count, outer, inner), (address and stride
-// of the bias that joins, or zeros)); None: the step has no such tensor.
+// of the bias) or None where none joins); None: the step has no such tensor.
 using SharedView =
     std::optional<std::pair<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>,
-                            std::pair<int64_t, int64_t>>>;
+                            std::optional<std::pair<int64_t, int64_t>>>>;
 
 mbf::SharedView shared_view(const SharedView& view) {
     if (!view) return {};
     const auto& [base, matrix, sample_count, sample_outer, sample_inner, element_count, element_outer, element_inner] =
         view->first;
+    const auto& [last, last_sample] = view->second.value_or(std::pair<int64_t, int64_t>());
     return {pointer<void>(base),
             matrix,
             {sample_count, sample_outer, sample_inner},
             {element_count, element_outer, element_inner},
-            pointer<void>(view->second.first),
-            view->second.second};
+            pointer<void>(last),
+            last_sample,
+            view->second.has_value()};
 }
 
 mbf::SharedProblem shared_problem(int64_t count, int64_t samples, int64_t fisher, int64_t factor, int64_t info,
@@ -140,6 +142,25 @@ py::class_<std::vector<Problem>> bind_launch(py::module_& m, const char* name) {
     }));
     launch.def("__len__", &std::vector<Problem>::size);
     return launch;
+}
+
+// Points a tensor of every problem at the next of the addresses, of which a weight that a bias joins takes two.
+template <class Void>
+void point(Void*& tensor, const mbf::Addresses& addresses, size_t& next) {
+    tensor = pointer<Void>(addresses.at(next++));
+}
+void point(mbf::BlockView& view, const mbf::Addresses& addresses, size_t& next) { point(view.base, addresses, next); }
+void point(mbf::SharedView& view, const mbf::Addresses& addresses, size_t& next) {
+    point(view.base, addresses, next);
+    if (view.joined) point(view.last, addresses, next);
+}
+
+template <class Problem, class Tensor>
+auto set_addresses(Tensor Problem::*tensor) {
+    return [tensor](std::vector<Problem>& problems, const mbf::Addresses& addresses) {
+        size_t next = 0;
+        for (Problem& problem : problems) point(problem.*tensor, addresses, next);
+    };
 }
 
 template <class Problem>
@@ -204,10 +225,8 @@ PYBIND11_MODULE(_C, m) {
              py::arg("column"), py::arg("order"));
 
     bind_launch<mbf::Problem>(m, "Problems")
-        .def("set_gradients",
-             [](Problems& problems, const mbf::Addresses& addresses) {
-                 for (size_t i = 0; i < problems.size(); ++i) problems[i].grad.base = pointer<void>(addresses.at(i));
-             })
+        .def("set_gradients", set_addresses(&mbf::Problem::grad))
+        .def("set_params", set_addresses(&mbf::Problem::out))
         .def("set_weights", [](Problems& problems, const Number& momentum_weight, const Number& fisher_weight) {
             for (mbf::Problem& problem : problems) {
                 problem.momentum_weight = scalar(momentum_weight);
@@ -215,20 +234,12 @@ PYBIND11_MODULE(_C, m) {
             }
         });
     bind_launch<mbf::SharedProblem>(m, "SharedProblems")
-        .def("set_gradients",
-             [](SharedProblems& problems, const mbf::Addresses& addresses) {
-                 size_t next = 0;  // one address, or two where a bias joins
-                 for (mbf::SharedProblem& problem : problems) {
-                     problem.grad.base = pointer<void>(addresses.at(next++));
-                     if (problem.grad.last) problem.grad.last = pointer<void>(addresses.at(next++));
-                 }
-             })
+        .def("set_gradients", set_addresses(&mbf::SharedProblem::grad))
+        .def("set_params", set_addresses(&mbf::SharedProblem::param))
         .def("set_weights", &set_moment_weights<mbf::SharedProblem>);
     bind_launch<mbf::DiagonalProblem>(m, "DiagonalProblems")
-        .def("set_gradients",
-             [](DiagonalProblems& problems, const mbf::Addresses& addresses) {
-                 for (size_t i = 0; i < problems.size(); ++i) problems[i].grad = pointer<void>(addresses.at(i));
-             })
+        .def("set_gradients", set_addresses(&mbf::DiagonalProblem::grad))
+        .def("set_params", set_addresses(&mbf::DiagonalProblem::param))
         .def("set_weights", &set_moment_weights<mbf::DiagonalProblem>);
     bind_launch<mbf::RankOneProblem>(m, "RankOneProblems");
 

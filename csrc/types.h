@@ -63,14 +63,15 @@ struct Parameters {
 };
 
 // Mini-blocks that share averaged matrices: element k of sample s of matrix r lies at
-// base + r * matrix + offset(sample, s) + offset(element, k). Where `last` is given there is one matrix, and its last
-// element lies at last + s * last_sample instead: the bias that joins a weight.
+// base + r * matrix + offset(sample, s) + offset(element, k). Where `joined` there is one matrix, and its last element
+// lies at last + s * last_sample instead: the bias that joins a weight. Without samples either may have no address.
 struct SharedView {
     void* base;
     int64_t matrix;
     Strides sample, element;
     void* last;
     int64_t last_sample;
+    bool joined;
 };
 
 // One tensor of them.

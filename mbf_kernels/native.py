@@ -140,6 +140,10 @@ class Launch:
         """Needed before every call that has others."""
         self._problems.set_gradients(addresses)
 
+    def set_params(self, addresses: _C.Addresses | list[int]) -> None:
+        """Needed where they have moved."""
+        self._problems.set_params(addresses)
+
     def set_options(self, options: StepOptions) -> None:
         """Needed before the first call; what a call names itself counts."""
         self._parameters, self._diagonal_decay = self._native.parameters(options), options.diagonal_decay

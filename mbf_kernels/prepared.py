@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import add
 from typing import Any, NamedTuple
 
@@ -46,6 +46,8 @@ class PreparedStep:
         views: for each of those tensors the view of it (and of its gradient, momentum and second moment) that the op
             takes; None: as it is.
         fishers, factors, skipped: as the op takes them.
+        params_move: the params are parts of memory of their own, which may be another one at every call; a call where
+            they only have moved is a later one, too.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class PreparedStep:
         factors: Sequence[SymmetricBlocks] | None = None,
         skipped: Sequence[Tensor] | None = None,
         views: Sequence[tuple[View | None, ...]] | None = None,
+        params_move: bool = False,
     ):
         if not isinstance(op, str) or op not in _OPS:
             raise ValueError(f"PreparedStep: expected op to be one of {', '.join(_OPS)}, got {op!r}")
@@ -73,7 +76,8 @@ class PreparedStep:
         self._params = [part for parts in params for part in parts]
         others = [part for group in (momenta, squares) for parts in group or () for part in parts]
         blocks = [block.data for group in (fishers, factors) for block in group or ()]
-        self._written = [*self._params, *others, *blocks]
+        self._kept_in_place = [*others, *blocks] if params_move else [*self._params, *others, *blocks]
+        self._moving = self._params if params_move else []
         self._counters = [counter.untyped_storage() for counter in skipped or ()]  # stay valid, wherever they move
         self._size = fishers[0].size if fishers else 1
         self._kept: _Kept | None = None
@@ -101,10 +105,12 @@ class PreparedStep:
 
     def aim(self, grads: list[Tensor]) -> bool:
         """Points the kept launch at gradients; False where they, or what is written, ask for the op itself."""
-        if torch.compiler.is_compiling() or self._kept is None or not self._kept.aim(grads, self._written):
+        if torch.compiler.is_compiling() or self._kept is None:
+            return False
+        if not self._kept.aim(grads, self._moving, self._kept_in_place):
             return False
         if torch.is_grad_enabled():
-            checks.no_grad(self._op, *self._written, *grads)
+            checks.no_grad(self._op, *self._moving, *self._kept_in_place, *grads)
         return True
 
     def launch(self, numbers: StepNumbers, options: dict) -> None:
@@ -148,21 +154,20 @@ class _Kept:
         self,
         op: str,
         launch: Any,
-        written: list[Tensor],
-        grads: list[Tensor],
-        offsets: list[int],  # from the address of a gradient to that of its view
+        step: PreparedStep,
+        grads: _Moving,
+        params: _Moving,
         names: set[str],  # of the options
     ):
         self._op, self._launch, self._asked_for = op, launch, asked_for()
-        self._written, self._grads = memory_of(written), memory_of(grads)
-        self._names, self._like = names, written[:1]
-        self._offsets = offsets if any(offsets) else None
+        self._grads, self._params, self._in_place = grads, params, memory_of(step._kept_in_place)
+        self._names, self._like = names, step._params[:1]
         self._options: dict | None = None  # those that the launch last had
 
     @classmethod
     def of(cls, step: PreparedStep, grads: list[Tensor], options: dict) -> _Kept | None:
         """None where the backend has no launch to keep, or where a lazy minus stands before a tensor."""
-        if any(map(Tensor.is_neg, (*step._written, *grads))):
+        if any(map(Tensor.is_neg, (*step._params, *step._kept_in_place, *grads))):
             return None
         prepare = getattr(choose(step._op, step._params[0].device, step._size), _PREPARE[step._op], None)
         if prepare is None:
@@ -177,18 +182,21 @@ class _Kept:
         launch = prepare(*tensors, *matrices)
         if launch is None:
             return None
-        views = [part for parts in entries["grads"] for part in parts]
-        offsets = [view.data_ptr() - grad.data_ptr() for view, grad in zip(views, grads, strict=True)]
-        return cls(step._op, launch, step._written, grads, offsets, set(options))
+        of_params = _Moving(step._moving, entries["params"] if step._moving else [])
+        return cls(step._op, launch, step, _Moving(grads, entries["grads"]), of_params, set(options))
 
-    def aim(self, grads: list[Tensor], written: list[Tensor]) -> bool:
-        """Whether all is where it was and laid out as it was, but for the gradients' place, which the launch takes."""
-        if asked_for() != self._asked_for or not self._written.holds(written):
+    def aim(self, grads: list[Tensor], params: list[Tensor], in_place: list[Tensor]) -> bool:
+        """Whether all is laid out as it was, and where it was, but for what moves: the launch takes its places."""
+        if asked_for() != self._asked_for or not self._in_place.holds(in_place):
             return False
-        addresses = self._grads.addresses(grads)
-        if addresses is None or any(map(Tensor.is_neg, grads)):  # a lazy minus is not in the memory
+        if any(map(Tensor.is_neg, grads)):  # a lazy minus is not in the memory
             return False
-        self._launch.set_gradients(addresses if self._offsets is None else list(map(add, addresses, self._offsets)))
+        of_grads, of_params = self._grads.addresses(grads), self._params.addresses(params)
+        if of_grads is None or of_params is None:
+            return False
+        self._launch.set_gradients(of_grads)
+        if params:
+            self._launch.set_params(of_params)
         return True
 
     def takes(self, options: dict) -> bool:
@@ -220,6 +228,23 @@ class _Kept:
         is_tensor = isinstance(weight, Tensor)
         numbers = [] if is_tensor else [checks.number(self._op, name, weight)]
         checks.weights(self._op, name, numbers, [weight] if is_tensor else [], self._like)
+
+
+class _Moving:
+    """Tensors that may lie elsewhere at every call, and their views, which the launch takes."""
+
+    def __init__(self, tensors: list[Tensor], views: list[tuple[Tensor, ...]]):
+        self._memory = memory_of(tensors)
+        parts = [part for of_tensor in views for part in of_tensor]
+        offsets = [part.data_ptr() - tensor.data_ptr() for part, tensor in zip(parts, tensors, strict=True)]
+        self._offsets = offsets if any(offsets) else None
+
+    def addresses(self, tensors: list[Tensor]) -> Iterable[int] | None:
+        """Of the views; None where a tensor is laid out in another way than it was."""
+        addresses = self._memory.addresses(tensors)
+        if addresses is None or self._offsets is None:
+            return addresses
+        return list(map(add, addresses, self._offsets))
 
 
 def _second_weight(op: str) -> str:

@@ -57,7 +57,7 @@ class SharedView:
             parts[0], lambda t: shared_strides(tuple(t.shape), t.stride(), count, elements), read_only=read_only
         )
         self.parts = [main]
-        last = (0, 0)
+        last = None
         if len(parts) == 2:
             last_one = Staged(parts[1], lambda t: _one_stride(tuple(t.shape), t.stride()), read_only=read_only)
             self.parts.append(last_one)

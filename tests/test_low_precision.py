@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from mbf_optim import MBF
-from mbf_optim.rounding import stochastically_rounded
+from mbf_optim.rounding import round_stochastically_
 from test_mbf import FORMS, PARTITIONS
 from torch import nn
 
@@ -146,26 +146,63 @@ def test_small_decays_reach_the_weights(dtype):
 @over_dtypes
 def test_stochastic_rounding_is_right_on_average(dtype):
     """Values of all sizes, subnormal ones too: a neighbour each, and the mean of many within six standard errors."""
-    info, n = torch.finfo(dtype), 20_000
+    info, n = torch.finfo(dtype), 20_001
     values = [1.0, 1 + info.eps / 3, -3.3e-5, 0.7 * info.tiny, -0.3 * info.smallest_normal, 0.99 * info.max, 0.0]
     for i, value in enumerate(values):
         x = torch.full((n,), value, dtype=torch.float32)
-        rounded = stochastically_rounded(x, dtype, torch.Generator().manual_seed(i)).double()
         exact = x[0].double()
-        found = rounded.unique()
-        nearest = x[0].to(dtype)
-        up = [torch.nextafter(nearest, torch.tensor(way, dtype=dtype)).double() for way in (math.inf, -math.inf)]
-        assert set(found.tolist()) <= {nearest.item(), *(u.item() for u in up)} and len(found) <= 2
-        unit = max(abs(u - nearest.double()) for u in up)
+        unit = max(2.0 ** (math.frexp(exact)[1] - 1) * info.eps, info.smallest_normal * info.eps, 2.0**-126)
+        below = math.floor(exact / unit) * unit
+        round_stochastically_(x, dtype, torch.Generator().manual_seed(i))
+        rounded = x.double()
+        assert_bitwise(rounded, x.to(dtype).double())
+        assert set(rounded.tolist()) <= {below, below + unit}
+        assert (rounded == exact).all() or len(rounded.unique()) == 2 or exact == below
         assert abs(rounded.mean() - exact) <= 6 * unit / 2 / math.sqrt(n)
-        assert (rounded - exact).abs().max() < unit or unit == 0
 
 
-def test_stochastic_rounding_passes_what_is_not_finite():
-    x = torch.tensor([math.nan, math.inf, -math.inf, 1e38, 3.4e38])
-    rounded = stochastically_rounded(x, torch.float16, torch.Generator())
-    assert rounded.isnan().tolist() == [True, False, False, False, False]
-    assert_bitwise(rounded[1:], torch.tensor([math.inf, -math.inf, math.inf, math.inf], dtype=torch.float16))
+@over_dtypes
+def test_stochastic_rounding_draws_anew_for_every_number(dtype):
+    """Neighbours, and numbers 2 to 8 apart, go up independently: products of signs average to zero."""
+    n = 40_000
+    x = torch.full((n,), 1 + torch.finfo(dtype).eps / 2)
+    round_stochastically_(x, dtype, torch.Generator().manual_seed(0))
+    up = torch.where(x > 1, 1.0, -1.0).double()
+    for apart in range(1, 9):
+        assert abs((up[apart:] * up[:-apart]).mean()) <= 6 / math.sqrt(n - apart)
+
+
+@over_dtypes
+def test_stochastic_rounding_at_the_end_of_the_range(dtype):
+    """The largest number is not passed from below; what is beyond, infinite or no number stays so."""
+    info, n = torch.finfo(dtype), 1000
+    unit = info.max * info.eps / (2 - info.eps)
+    for value, expected in (
+        (info.max - unit / 4, info.max), (info.max, info.max), (info.max + unit / 4, info.max),
+        (math.inf, math.inf), (3.4e38 if dtype == torch.float16 else math.inf, math.inf),
+    ):  # fmt: skip
+        for sign in (1, -1):
+            x = torch.full((n,), sign * value)
+            round_stochastically_(x, dtype, torch.Generator().manual_seed(0))
+            found = x.to(dtype).double().abs()
+            assert found.max() == expected and found.min() >= min(expected, info.max - unit)
+            assert (x.sign() == sign).all()
+    for bits in (0x7FFFFFFF, 0x7FC00000, -0x400000):  # of a GPU, of a CPU, negative
+        x = torch.full((n,), bits, dtype=torch.int32).view(torch.float32)
+        round_stochastically_(x, dtype, torch.Generator().manual_seed(0))
+        assert x.to(dtype).isnan().all()
+
+
+def test_stochastic_rounding_where_subnormal_numbers_are_zero():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor keeps subnormal numbers")
+    try:
+        for value in (0.0, 1e-37, 3e-39, 1.0):
+            x = torch.full((1000,), value)
+            round_stochastically_(x, torch.bfloat16, torch.Generator().manual_seed(0))
+            assert x.isfinite().all() and abs(x.double().mean() - value) <= max(1e-38, 1e-3 * value)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_float16_gradients_are_unscaled_in_float32():

@@ -450,6 +450,20 @@ def test_empty_tensors_beside_others(backend, device):
             twins.check()
 
 
+def test_an_empty_pair_before_others(backend, device):
+    """As where one process has no rows of a tensor: its bias takes an address, too, though it has none."""
+    twins = Twins("mbf_shared_step_", device=device, pairs=True)
+    for side in twins.sides:
+        for name in ("params", "momenta", "squares"):
+            side[name] = [(torch.empty(0, 1, 8, device=device), torch.empty(0, device=device)), side[name][1]]
+        side["fishers"][0] = SymmetricBlocks.zeros(1, 9, torch.float32, device)
+    twins.prepared = twins.prepare()
+    for _ in range(3):
+        empty = [torch.empty_like(part) for part in twins.sides[0]["params"][0]]
+        twins.step([*empty, *twins.grads()[-2:]])
+        twins.check()
+
+
 @over_ops
 def test_no_tensors_and_only_empty_ones(backend, device, op):
     """Nothing to do, as for the op; what the op refuses is refused."""
@@ -468,20 +482,56 @@ def test_no_tensors_and_only_empty_ones(backend, device, op):
             prepared(tensors[3], **options | dict(graft="sgd"))
 
 
+class CountOps(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.namespace] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def test_the_second_call_is_a_launch_alone():
     """What makes it cheap: no op is called."""
-    calls = collections.Counter()
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            calls[func.namespace] += 1
-            return func(*args, **(kwargs or {}))
-
     for op in OPS:
         twins = Twins(op)
         with use_backend("cpu"):
             twins.prepared(twins.grads(), **twins.options)
             grads = twins.grads()
-            with Count():
+            with CountOps() as count:
                 twins.prepared(grads, **twins.options)
-    assert not calls
+        assert not count.calls
+
+
+@over_ops
+@pytest.mark.parametrize("pairs", [False, True])
+def test_params_that_move_are_aimed_at(op, pairs):
+    """Parts of memory that is given back and taken anew between steps: the launch follows, and no op is called."""
+    twins = Twins(op, pairs=pairs and op == "mbf_shared_step_")
+    mine = twins.sides[0]
+    parts = [part for parts in mine["params"] for part in parts]
+    values = [part.clone() for part in parts]
+    memory = torch.empty(sum(part.numel() for part in parts) + 64)
+    rest = iter(memory.split([64, *(part.numel() for part in parts)])[1:])
+    mine["params"] = [tuple(next(rest).view(part.shape) for part in of_one) for of_one in mine["params"]]
+    squares = mine["squares"] if op != "mbf_step_" else None
+    matrices = {name: mine[name] for name in ("fishers", "skipped") if name in mine}
+    twins.prepared = PreparedStep(op, mine["params"], mine["momenta"], squares, **matrices, params_move=True)
+    parts = [part for parts in mine["params"] for part in parts]
+    size, places, others = memory.untyped_storage().nbytes(), set(), []
+    with use_backend("cpu"):
+        for t in range(4):
+            memory.untyped_storage().resize_(0)
+            others.append(torch.empty(size, dtype=torch.uint8))  # takes the place
+            memory.untyped_storage().resize_(size)
+            places.add(memory.data_ptr())
+            torch._foreach_copy_(parts, values)
+            grads = twins.grads()
+            with CountOps() as count:
+                twins.prepared(grads, **twins.options)
+            assert bool(count.calls) == (t == 0)
+            twins.run_op([g.clone() for g in grads])
+            twins.check()
+            values = [part.clone() for part in parts]
+    assert len(places) > 1

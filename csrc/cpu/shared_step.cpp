@@ -72,7 +72,7 @@ public:
           last_sample_(view.last_sample),
           element_(element),
           n_(n),
-          run_(view.last ? n - 1 : n),
+          run_(view.joined ? n - 1 : n),
           even_(!view.base || view.sample.inner_count >= samples) {
         if (layout == Layout::kScattered && view.base)
             for (int k = 0; k < n; ++k) element[k] = offset(view.element, k);
@@ -93,9 +93,9 @@ private:
 };
 
 Layout layout_of(const SharedView& view, int n) {
-    const int run = view.last ? n - 1 : n;
+    const int run = view.joined ? n - 1 : n;
     if (run > 1 && (view.element.inner != 1 || view.element.inner_count < run)) return Layout::kScattered;
-    return view.last ? Layout::kJoined : Layout::kContiguous;
+    return view.joined ? Layout::kJoined : Layout::kContiguous;
 }
 
 Layout layout_of(const SharedProblem& problem, int n) {

@@ -70,8 +70,7 @@ class Layer:
 
     def steps_in_place(self) -> bool:
         """Whether the blocks are views of the parameters as they lie here, all of which have gradients."""
-        apart = self.joined or self.half or self.exchanged
-        return not apart and all(param.grad is not None for param in self.params)
+        return not (self.joined or self.exchanged) and all(param.grad is not None for param in self.params)
 
     def view(self, blocks: Blocks, tensor: Tensor) -> Tensor:
         """Mini-blocks of the weight, or of anything of its shape."""

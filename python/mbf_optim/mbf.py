@@ -23,6 +23,7 @@ from .report import Report, Row
 from .scaling import overflown, unscaled
 from .schedule import capturing, intervals, on_host
 from .sharding import check_whole, local
+from .stand_ins import stand_ins_of
 from .state import canonical, check_saved, complete, needs_masters, needs_squares, take_up
 
 UNTRACED = (
@@ -223,13 +224,18 @@ class MBF(Optimizer):
         for group, layer in observed:
             if on_host(complete(layer, self.state, group))["step"]:
                 raise RuntimeError(f"MBF.observe: expected no step so far, but {layer.name} has been stepped")
+        half = [param for _, layer in observed if layer.half for param in layer.params]
+        stand_ins = stand_ins_of(half, self.state)
+        for kind in stand_ins:
+            kind.fill(None)
+        in_stead = {param: tensor for kind in stand_ins for param, tensor in kind.of.items()}
         over_processes = []
-        for group, layer in observed:
+        for _, layer in observed:
             state = self.state[layer.weight]
             state["observed"] += 1
             state["fisher_weight"] = 1.0
             decay = 1 - 1 / state["observed"]
-            for task in Copies(layer, self.state, group, None, 0).tasks:
+            for task in Copies(layer, self.state, in_stead).tasks:
                 if task.averaged_over:
                     over_processes.append((task, decay))
                 else:

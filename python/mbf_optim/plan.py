@@ -14,11 +14,12 @@ from .copies import Copies
 from .layers import PARTITION, Layer
 from .schedule import DeviceClock, HostClock, advance_on_device, intervals, on_host, share_clocks
 from .sharding import is_sharded
+from .stand_ins import stand_ins_of
 from .tasks import Launch, Task, Tensors, launches_of, tasks_of
 
 # Options that decide what is launched together; the others are read at every step.
 STRUCTURAL = (*PARTITION, "capturable", "update_interval", "factor_interval", "graft", "master_weights")
-WRITTEN = ("momentum", "second_moment", "fisher", "fisher_tail")  # entries of a state that launches write
+WRITTEN = ("momentum", "second_moment", "master", "fisher", "fisher_tail")  # entries of a state that launches write
 
 
 class Plan:
@@ -29,16 +30,15 @@ class Plan:
         stepping = [layer for layer in layers if layer.has_grad()]
         self._states = states
         self._clocks = _share(stepping, states, group)
-        in_place = [layer for layer in stepping if layer.steps_in_place()]
         self._copied = [layer for layer in stepping if not layer.steps_in_place()]
-        apart = any(layer.half or any(map(is_sharded, layer.params)) for layer in stepping)
+        self._half = [layer for layer in stepping if layer.half]
+        self._stand_ins = stand_ins_of([param for layer in self._half for param in layer.params], states)
+        self._in_stead = {param: tensor for kind in self._stand_ins for param, tensor in kind.of.items()}
+        apart = self._half or any(is_sharded(param) for layer in stepping for param in layer.params)
         self.traceable = group["capturable"] and isinstance(group["lr"], Tensor) and not apart
-        tasks = [
-            task
-            for layer in in_place
-            for task in tasks_of(layer, Tensors.of(layer.params, states), states[layer.weight])
-        ]
-        self._launches = launches_of(tasks, group)
+        in_place = [layer for layer in stepping if layer.steps_in_place()]
+        self._launches = self._launches_of([layer for layer in in_place if not layer.half], group)
+        self._of_stand_ins = self._launches_of([layer for layer in in_place if layer.half], group)
         self._copies: list[Copies] = []
         self._of_copies: list[Launch] = []
         launched = {id(owner) for launch in self._launches for owner in launch.owners}
@@ -61,32 +61,45 @@ class Plan:
 
     def start(self, group: dict, unscale: Tensor | None) -> list[tuple[Task, float]]:
         """Time goes on and copies are made. Returns the work whose F is to be averaged over processes before
-        ``finish``, each with its decay. ``group``: with its numbers as steps use them. ``unscale``: see ``Copies``."""
+        ``finish``, each with its decay. ``group``: with its numbers as steps use them. ``unscale``: see ``StandIns``."""
         if group["capturable"]:
             advance_on_device([clock for clock, _ in self._clocks], group)
         else:
             for clock, update_interval in self._clocks:
                 clock.advance(group, update_interval)
-        self._copies = [Copies(layer, self._states, group, unscale, self._seed(layer, group)) for layer in self._copied]
+        for kind in self._stand_ins:
+            kind.fill(unscale)
+        for launch in self._of_stand_ins:
+            launch.aim()
+        self._copies = [Copies(layer, self._states, self._in_stead) for layer in self._copied]
         tasks = [task for copy in self._copies for task in copy.tasks]
         self._of_copies = launches_of(tasks, group) if tasks else []
-        launches = chain(self._launches, self._of_copies)
-        over_processes = [launch for launch in launches if launch.averaged_over and launch.due()[0]]
+        over_processes = [launch for launch in self._all_launches() if launch.averaged_over and launch.due()[0]]
         return [(task, group["decay"]) for launch in over_processes for task in launch.tasks]
 
     def finish(self, group: dict) -> None:
-        for launch in chain(self._launches, self._of_copies):
+        for launch in self._all_launches():
             launch(group)
         for copy in self._copies:
             copy.write_back()
         self._copies, self._of_copies = [], []  # they are as large as the parameters
+        for kind in self._stand_ins:
+            kind.write_back(self._seed() if group["stochastic_rounding"] else None)
+            kind.release()
 
-    def _seed(self, layer: Layer, group: dict) -> int:
-        """Of a layer's rounding in this step: what resumes, and what other processes step alike, round alike."""
-        if not group["stochastic_rounding"]:
-            return 0
-        step = on_host(self._states[layer.weight])["step"]
-        return crc32(f"{layer.name} {step}".encode())  # 32 bits: more of a seed torch's CPU generator leaves out
+    def _launches_of(self, layers: list[Layer], group: dict) -> list[Launch]:
+        states = self._states
+        tensors = [(layer, Tensors.of(layer.params, states, self._in_stead)) for layer in layers]
+        return launches_of([task for layer, of in tensors for task in tasks_of(layer, of, states[layer.weight])], group)
+
+    def _all_launches(self) -> Iterable[Launch]:
+        return chain(self._launches, self._of_stand_ins, self._of_copies)
+
+    def _seed(self) -> int:
+        """Of the rounding in this step: what resumes, and what other processes step alike, round alike."""
+        first = self._half[0]
+        step = on_host(self._states[first.weight])["step"]
+        return crc32(f"{first.name} {step}".encode())  # 32 bits: more of a seed torch's CPU generator leaves out
 
 
 def _layouts_of_grads(params: Iterable[Tensor]) -> list[torch.layout | None]:

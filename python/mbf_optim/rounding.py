@@ -7,20 +7,36 @@ import math
 import torch
 from torch import Tensor
 
+_PART, _PART_OF_CPU = 2**24, 2**18  # numbers that are rounded at once: memory, and a CPU's cache, want no more
+_EXPONENT = 0x7F800000  # the bits of a float32 that are its exponent; alone they are the power of two below the number
 
-def stochastically_rounded(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Each float32 value to one of its two neighbours in ``dtype``, to the nearer one more often: right on average.
 
-    A value between the numbers a < b of the dtype becomes b with probability (x - a) / (b - a). What is not finite, or
-    beyond the range, is rounded as usual.
+def round_stochastically_(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Each float32 value, in place, to one of its two neighbours in ``dtype``, to the nearer one more often: right on
+    average.
+
+    A value between the numbers a < b of the dtype becomes b with probability (x - a) / (b - a). Below 2^-119 numbers of
+    bfloat16 that are no multiples of 2^-126 are passed over, since processors may take them for 0. What is beyond the
+    range, or not finite, stays so.
     """
+    for part in values.view(-1).split(_PART_OF_CPU if values.is_cpu else _PART):
+        _round_part_(part, dtype, generator)
+
+
+def _round_part_(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> None:
     info = torch.finfo(dtype)
     digits = 1 - int(math.log2(info.eps))  # of a significand, the first one included
-    _, exponent = torch.frexp(values)
-    least = int(math.log2(info.smallest_normal)) + 1
-    unit = torch.ldexp(torch.ones_like(values), exponent.clamp_min(least) - digits)  # from one number to the next
-    steps = 2 ** (24 - digits)  # of noise, so that the sum is exact in float32
-    noise = torch.randint(steps, values.shape, generator=generator, dtype=values.dtype, device=values.device)
-    rounded = (values / unit).add_(noise.div_(steps)).floor_().mul_(unit)
-    inside = values.isfinite() & (values.abs() < info.max)
-    return torch.where(inside, rounded, values).to(dtype)
+    least = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
+    powers = values.view(torch.int32).bitwise_and(_EXPONENT).view(torch.float32)
+    unit = powers.mul_(info.eps).clamp_(least, info.max * info.eps)  # from one number to the next
+    rounded = _uniform(values, 24 - digits, generator)  # no more digits: their sum is exact
+    rounded.addcdiv_(values, unit).floor_().mul_(unit)
+    torch.minimum(rounded, values.clamp(min=info.max), out=rounded)
+    torch.maximum(rounded, values.clamp(max=-info.max), out=values)
+
+
+def _uniform(like: Tensor, digits: int, generator: torch.Generator) -> Tensor:
+    """Numbers of so many binary digits, at most 16, in [0, 1); four from every 64 random bits."""
+    fours = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    bits = fours.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()]
+    return bits.bitwise_right_shift_(16 - digits).view(like.shape).float().mul_(2.0**-digits).add_(0.5)

@@ -57,6 +57,15 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.redistribute(like.device_mesh, like.placements)
 
 
+def whole_of(here: Tensor, like: Tensor) -> Tensor:
+    """All of a tensor of the shape of ``like``, of which ``here`` is what is on this process; a collective."""
+    if not is_sharded(like):
+        return here
+    shape, stride = like.shape, like.stride()
+    part = _dtensor().from_local(here, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+    return part.full_tensor()
+
+
 def by_rows(rows: Tensor, like: Tensor) -> Tensor:
     """This process's part of a tensor [O, ...] whose rows go with the outputs of ``like``, as the whole one."""
     if not is_sharded(like):

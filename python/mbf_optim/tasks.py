@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,7 +28,8 @@ _OPTIONS = {"mbf_diagonal_step_": _DIAGONAL, "mbf_shared_step_": _SHARED, "mbf_s
 
 @dataclass(slots=True)
 class Tensors:
-    """Of a weight and what joins it: what is written, the parameters, M and v, one tensor each or two. All lie here."""
+    """Of a weight and what joins it: what is written, the parameters or what stands in for them, M and v, one tensor
+    each or two. All lie here."""
 
     params: tuple[Tensor, ...]
     momenta: tuple[Tensor, ...]
@@ -36,13 +37,14 @@ class Tensors:
     owners: tuple[Tensor, ...]  # of the gradients
 
     @classmethod
-    def of(cls, params: Sequence[Tensor], states: dict) -> Tensors:
+    def of(cls, params: Sequence[Tensor], states: dict, stand_ins: Mapping[Tensor, Tensor]) -> Tensors:
         squares = [states[param].get("second_moment") for param in params]
+        owners = tuple(stand_ins.get(param, param) for param in params)
         return cls(
-            tuple(map(local, params)),
+            tuple(map(local, owners)),
             tuple(local(states[param]["momentum"]) for param in params),
             tuple(map(local, squares)) if squares[0] is not None else None,
-            tuple(params),
+            owners,
         )
 
 
@@ -125,6 +127,7 @@ class Launch:
             [t.momenta for t in tensors],
             [t.squares for t in tensors] if tensors[0].squares else None,
             views=[task.views for task in tasks],
+            params_move=first.layer.half,
             **matrices,
         )
 

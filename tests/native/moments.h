@@ -50,11 +50,11 @@ constexpr int kNeighbours = 3, kSharedLayouts = 5;
 inline mbf::SharedView shared_view(int layout, int64_t samples, int64_t matrices, int n) {
     const int64_t S = samples, R = matrices;
     switch (layout) {
-        case 0: return {nullptr, n, {S, 0, R * n}, {n, 0, 1}, nullptr, 0};
-        case 1: return {nullptr, n + 3, {S, 0, R * (n + 3)}, {n, 0, 1}, nullptr, 0};
-        case 2: return {nullptr, n, {3, 3 * R * n + 5, R * n}, {n, 0, 1}, nullptr, 0};
-        case 3: return {nullptr, 1, {S, 0, R * n}, {n, 0, R}, nullptr, 0};
-        default: return {nullptr, 3 * n + 3, {2, 2 * R * (3 * n + 3) + 1, R * (3 * n + 3)}, {2, 5, 2}, nullptr, 0};
+        case 0: return {nullptr, n, {S, 0, R * n}, {n, 0, 1}, nullptr, 0, false};
+        case 1: return {nullptr, n + 3, {S, 0, R * (n + 3)}, {n, 0, 1}, nullptr, 0, false};
+        case 2: return {nullptr, n, {3, 3 * R * n + 5, R * n}, {n, 0, 1}, nullptr, 0, false};
+        case 3: return {nullptr, 1, {S, 0, R * n}, {n, 0, R}, nullptr, 0, false};
+        default: return {nullptr, 3 * n + 3, {2, 2 * R * (3 * n + 3) + 1, R * (3 * n + 3)}, {2, 5, 2}, nullptr, 0, false};
     }
 }
 
@@ -72,6 +72,7 @@ public:
         }
         view.base = main_.data();
         view.last = last_.data();
+        view.joined = form.joined;
     }
 
     // Rounds x, too.
