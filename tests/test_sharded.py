@@ -75,7 +75,9 @@ def outcome(model, optimizer):
     """Weights and states, whole, by name."""
     states = optimizer.state_dict()["state"]
     named = enumerate(model.named_parameters())
-    return [(name, whole(p), {entry: whole(value) for entry, value in states[i].items()}) for i, (name, p) in named]
+    return [
+        (name, whole(p), {entry: whole(value) for entry, value in states.get(i, {}).items()}) for i, (name, p) in named
+    ]
 
 
 def alone(case, steps=range(STEPS)):
