@@ -11,6 +11,7 @@ import torch
 from brute_force import GRAFTED, PAPER, BruteForce, Layer
 from mbf_optim import MBF
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from mbf_kernels.testing import assert_bitwise, assert_relative, randn
 
@@ -601,6 +602,12 @@ def test_bad_parameters(bad):
         optimizer = MBF([w])
         w.grad = torch.ones_like(w)
         optimizer.step()
+
+
+def test_parameters_that_stand_for_others_are_refused():
+    """They have no memory of their own; of those torch has, DTensors are known."""
+    with pytest.raises(TypeError, match="^MBF: expected plain tensors or DTensors of them, got TwoTensor for param 0"):
+        MBF([nn.Parameter(TwoTensor(torch.ones(3, 3), torch.ones(3, 3)))])
 
 
 def test_no_parameters_and_repeated_parameters():
