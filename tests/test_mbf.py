@@ -454,6 +454,19 @@ def test_changing_a_group_changes_the_next_step():
     pair.check(1e-9)
 
 
+def test_a_factor_of_before_is_not_taken_up_again():
+    """Kept, then made anew at every step, then kept again: from the matrix that there is. To the rounding of 6 steps
+    with condition numbers of at most 9 / 0.3."""
+    runs = [(nn.Parameter(randn(5, 3, 3, 3)), kept_at_first) for kept_at_first in (True, False)]
+    for w, kept_at_first in runs:
+        optimizer = MBF([w], lr=1e-2)
+        for step in range(6):
+            optimizer.param_groups[0]["factor_interval"] = 2 if step == 5 or (kept_at_first and not step) else 1
+            w.grad = (1 + step) * randn(*w.shape, seed=step)
+            optimizer.step()
+    assert_relative(runs[0][0].detach(), runs[1][0].detach(), 6 * 30 * torch.finfo(torch.float64).eps)
+
+
 def test_closure():
     """Called once, with gradients enabled; its loss is returned."""
     run, plain = (Run("mlp", torch.float64, {}) for _ in range(2))

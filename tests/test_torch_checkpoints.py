@@ -81,6 +81,23 @@ def test_there_is_a_state_to_load_into_before_the_first_step(make):
     assert before == layout(optimizer)
 
 
+@over_inputs
+def test_a_default_device_is_for_others(make):
+    """The state lies where the parameters are, and counters on the CPU, whatever device is asked for elsewhere."""
+    run, other = trained(make), trained(make)
+    saved = copy.deepcopy(run[1].state_dict())
+    with torch.device("meta"):
+        optimizer = other[1]
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        str(optimizer.report())
+        found = optimizer.state_dict()
+    run[1].load_state_dict(saved)
+    run[1].step()
+    assert_same(run[0], other[0])
+    assert_equal_trees(found, run[1].state_dict())
+
+
 # ---- loading
 
 

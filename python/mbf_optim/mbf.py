@@ -372,7 +372,7 @@ class MBF(Optimizer):
             count=sum(blocks.count for blocks in layer.blocks),
             size=max((blocks.size for blocks in layer.blocks), default=1),
             bytes=size,
-            skipped=0 if layer.weight.is_meta else int(state.get("skipped", 0)),
+            skipped=int(state["skipped"].sum()) if "skipped" in state and not layer.weight.is_meta else 0,
         )
 
 

@@ -57,6 +57,9 @@ def complete(layer: Layer, states: States, group: dict) -> dict:
         refuse_capture("the first step with master weights (it allocates them)")
         for param in _without("master", layer, states):
             states[param]["master"] = param.detach().to(layer.dtype)
+    for blocks in layer.blocks:
+        if intervals(blocks, group)[1] == 1:  # an old factor must not come back when one is kept again
+            state.pop("factor" + blocks.suffix, None)
     return state
 
 
@@ -72,10 +75,10 @@ def canonical(layer: Layer, states: States) -> dict[Tensor, dict]:
         return of_params
     numbers = on_host(state)
     state.pop("clock", None)
-    state["step"] = torch.tensor(numbers["step"], dtype=torch.float32)
+    state["step"] = torch.tensor(numbers["step"], dtype=torch.float32, device="cpu")
     if layer.blocks:
-        state["fisher_weight"] = torch.tensor(numbers["fisher_weight"], dtype=torch.float64)
-        state["observed"] = torch.tensor(state["observed"])
+        state["fisher_weight"] = torch.tensor(numbers["fisher_weight"], dtype=torch.float64, device="cpu")
+        state["observed"] = torch.tensor(state["observed"], device="cpu")
         by_output = torch.zeros(_outputs_here(layer), dtype=torch.int64, device=state["skipped"].device)
         by_output[:1] = state["skipped"]
         state["skipped"] = _outward(layer, False, by_output)
@@ -102,9 +105,10 @@ def take_up(layer: Layer, states: States, saved: dict[Tensor, dict]) -> None:
     state["step"], state["fisher_weight"] = int(entries["step"]), float(entries.get("fisher_weight", 0.0))
     if layer.blocks:
         state["observed"] = int(entries["observed"])
-        skipped = torch.as_tensor(entries["skipped"])
-        skipped = _inward(layer, False, skipped) if skipped.ndim else skipped
-        state["skipped"] = skipped.sum().to(device, torch.int64)
+        skipped = entries["skipped"]
+        if isinstance(skipped, Tensor) and skipped.ndim:
+            skipped = _inward(layer, False, skipped).sum()
+        state["skipped"] = torch.tensor(int(skipped), dtype=torch.int64, device=device)
     for name, blocks in _matrices(layer, entries):
         packed = entries[name].reshape(layer.saved_shapes(blocks)[0])
         packed = _inward(layer, blocks.shared, packed).to(device=device, dtype=layer.dtype)
