@@ -355,6 +355,16 @@ def test_a_bad_gradient_is_refused(backend, device, op, bad, calls):
     twins.check()
 
 
+@over_ops
+def test_a_launch_is_not_aimed_at_no_memory(backend, device, op):
+    """Those who aim without the checks of a call: the address of a tensor that stands for others is 0."""
+    twins = Twins(op)
+    for _ in range(2):
+        twins.step()
+    first, *others = twins.grads()
+    assert not twins.prepared.aim([TwoTensor(first, first.clone()), *others])
+
+
 CALLS = {
     "an option missing": (lambda o: {k: v for k, v in o.items() if k != "lr"}, TypeError, "lr"),
     "another option missing": (lambda o: {k: v for k, v in o.items() if k != "momentum"}, TypeError, "momentum"),
