@@ -102,7 +102,8 @@ private:
     static bool are_alike(const dlpack::Tensor& found, const dlpack::Tensor& expected, const Extent* extents) {
         if (found.dimensions != expected.dimensions || found.device_type != expected.device_type ||
             found.device_index != expected.device_index || found.type_code != expected.type_code ||
-            found.type_bits != expected.type_bits || found.type_lanes != expected.type_lanes)
+            found.type_bits != expected.type_bits || found.type_lanes != expected.type_lanes ||
+            !found.data != !expected.data)  // a tensor that stands for others has no memory of its own
             return false;
         for (int i = 0; i < found.dimensions; ++i)
             if (found.sizes[i] != extents[i].size || found.strides[i] != extents[i].stride) return false;

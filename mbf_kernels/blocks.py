@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 TILE_BLOCKS = 32  # blocks side by side in a tile
 MAX_TILED_SIZE = 20  # larger blocks are stored block-major
@@ -209,6 +210,11 @@ def check_storage(op: str, data: Tensor, count: int, size: int) -> None:
         raise ValueError(f"{op}: expected contiguous storage, got strides {list(data.stride())}")
 
 
+def has_memory(value: object) -> bool:
+    """Whether it is a tensor, and none that stands for others, as a DTensor does: its address is 0."""
+    return isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value)
+
+
 def _check_extent(op: str, count: int, size: int) -> None:
     if not all(isinstance(number, int | torch.SymInt) for number in (count, size)):
         raise TypeError(f"{op}: expected count and size to be integers, got {count!r} and {size!r}")
@@ -217,7 +223,7 @@ def _check_extent(op: str, count: int, size: int) -> None:
 
 
 def _check_tensor(op: str, name: str, tensor: Tensor, ndim: int | None = None) -> None:
-    if not isinstance(tensor, Tensor):
+    if not has_memory(tensor):
         raise TypeError(f"{op}: expected {name} to be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{op}: expected {name} to be a dense tensor, got layout {tensor.layout}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .blocks import DTYPES, SymmetricBlocks, check_storage
+from .blocks import DTYPES, SymmetricBlocks, check_storage, has_memory
 
 
 def blocks(op: str, name: str, value: object) -> None:
@@ -25,7 +25,7 @@ def storage(op: str, data: Tensor, count: int, size: int) -> None:
 
 def tensors(op: str, **values: object) -> None:
     for name, value in values.items():
-        if not isinstance(value, Tensor):
+        if not has_memory(value):
             raise TypeError(f"{op}: expected {name} to be a tensor, got {type(value).__name__}")
 
 
@@ -33,7 +33,7 @@ def tensor_lists(op: str, **lists: Sequence) -> None:
     for name, items in lists.items():
         if not isinstance(items, list | tuple):
             raise TypeError(f"{op}: expected {name} to be a list of tensors, got {type(items).__name__}")
-        if not all(isinstance(item, Tensor) for item in items):
+        if not all(map(has_memory, items)):
             tensors(op, **{f"{name}[{i}]": item for i, item in enumerate(items)})
 
 

@@ -40,7 +40,7 @@ class _Memory:
     def _layouts_of(tensors: list[Tensor]) -> list[tuple] | None:
         if not all(isinstance(tensor, Tensor) and tensor.layout == torch.strided for tensor in tensors):
             return None
-        return [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]
+        return [(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() == 0) for t in tensors]
 
     def addresses(self, tensors: list[Tensor]) -> list[int] | None:
         return list(map(Tensor.data_ptr, tensors)) if self._layouts_of(tensors) == self._layouts else None

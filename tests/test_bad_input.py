@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import mbf_kernels
 from mbf_kernels import SymmetricBlocks, mbf_diagonal_step_, mbf_shared_step_, mbf_step_, rank_one_step_
@@ -55,6 +56,7 @@ BAD_VECTORS = {
     "complex": vectors(dtype=torch.complex64),
     "device": vectors(device="meta"),
     "sparse": vectors().to_sparse(),
+    "standing for others": TwoTensor(vectors(), vectors()),
     "list": [[1.0] * N] * B,
     "none": None,
 }
@@ -402,6 +404,9 @@ BAD_STORAGE = {
     "split: below zero": lambda: blocks().split([-1, B + 1]),
     "split: halves": lambda: blocks().split([0.5, B - 0.5]),
     "from_dense: no values": lambda: SymmetricBlocks.from_dense(torch.zeros(2, 3, 3, device="meta")),
+    "from_packed: standing for others": lambda: SymmetricBlocks.from_packed(
+        TwoTensor(torch.ones(2, 6), torch.ones(2, 6))
+    ),
 }
 
 

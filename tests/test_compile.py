@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import cycle
 
 import pytest
@@ -106,8 +107,9 @@ def test_step_and_schedule_in_one_graph():
     assert_same_weights(traced, Training(capturable=True, tensor_lr=True).run())
 
 
+@pytest.mark.parametrize("device", [nullcontext(), torch.device("cpu")], ids=["", "torch.device"])
 @pytest.mark.parametrize(("form", "partition"), list(zip(cycle(FORMS), PARTITIONS, strict=False)))
-def test_every_structure_in_one_graph(form, partition):
+def test_every_structure_in_one_graph(form, partition, device):
     options = FORMS[form] | PARTITIONS[partition] | dict(capturable=True)
     eager, traced = CapturableRun(**options), CapturableRun(**options)
     eager.step()
@@ -117,7 +119,8 @@ def test_every_structure_in_one_graph(form, partition):
         for run, step in ((eager, eager.optimizer.step), (traced, compiled)):
             run.load()
             run.group["lr"].fill_(lr)
-            step()
+            with device:
+                step()
     assert counters["stats"]["unique_graphs"] == 1
     for name in eager.tensors:
         assert_bitwise(traced.tensors[name].detach(), eager.tensors[name].detach())

@@ -4,6 +4,7 @@ import collections
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mbf_kernels import (
@@ -328,6 +329,7 @@ def test_autograd_sees_the_change(backend, device, op):
 
 BAD = {
     "sparse": (lambda g: [g[0].to_sparse(), *g[1:]], TypeError, "dense"),
+    "standing for others": (lambda g: [TwoTensor(g[0], g[0].clone()), *g[1:]], TypeError, "TwoTensor"),
     "dtype": (lambda g: [g[0].double(), *g[1:]], TypeError, "dtype|float32"),
     "device": (lambda g: [g[0].to("meta"), *g[1:]], ValueError, "meta"),
     "longer": (lambda g: [torch.cat([g[0]] * 2), *g[1:]], ValueError, "shape"),
@@ -351,6 +353,16 @@ def test_a_bad_gradient_is_refused(backend, device, op, bad, calls):
     twins.check()
     twins.step()
     twins.check()
+
+
+@over_ops
+def test_a_launch_is_not_aimed_at_no_memory(backend, device, op):
+    """Those who aim without the checks of a call: the address of a tensor that stands for others is 0."""
+    twins = Twins(op)
+    for _ in range(2):
+        twins.step()
+    first, *others = twins.grads()
+    assert not twins.prepared.aim([TwoTensor(first, first.clone()), *others])
 
 
 CALLS = {

@@ -134,6 +134,7 @@ def zero_resumed():
     model.load_state_dict(saved)
     resumed = zero(case)(model)
     resumed.load_state_dict(holder[0])
+    assert len(resumed.optim.report()) > 0
     train(model, None, part=my_part(), optimizer=resumed)
     return undisturbed, weights(model)
 

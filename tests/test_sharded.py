@@ -75,7 +75,9 @@ def outcome(model, optimizer):
     """Weights and states, whole, by name."""
     states = optimizer.state_dict()["state"]
     named = enumerate(model.named_parameters())
-    return [(name, whole(p), {entry: whole(value) for entry, value in states[i].items()}) for i, (name, p) in named]
+    return [
+        (name, whole(p), {entry: whole(value) for entry, value in states.get(i, {}).items()}) for i, (name, p) in named
+    ]
 
 
 def alone(case, steps=range(STEPS)):
@@ -154,6 +156,41 @@ def test_other_placements_equal_one_process(places):
         for case, found in outcomes.items():
             for weight, expected in zip(found, step_with_given_gradients(case, lambda x, i: x), strict=True):
                 assert_relative(weight, expected, TOLERANCE, case)
+
+
+def summed(x, mesh):
+    """As parts that add up to it, one on each process."""
+    share = distributed.get_rank() + 1
+    return DTensor.from_local(share / sum(range(1, mesh.size() + 1)) * x, mesh, [Partial()])
+
+
+def elsewhere(case, gradient_as):
+    """Gradients that do not lie as their parameters do, as those of sequence parallelism; many layers of one size."""
+    params = [nn.Parameter(randn(6, 7, seed=i)) for i in range(4)] + [nn.Parameter(randn(6, seed=9)) for i in range(4)]
+    if distributed.is_initialized():
+        mesh = init_device_mesh("cpu", (2,))
+        lies = Replicate() if gradient_as == "sums" else Shard(0)
+        params = [nn.Parameter(distribute_tensor(p.detach(), mesh, [lies])) for p in params]
+    optimizer = MBF([dict(params=[p]) for p in params], **CASES[case])
+    for step in range(STEPS):
+        for i, p in enumerate(params):
+            grad = randn(*p.shape, seed=100 * step + i)
+            if not distributed.is_initialized():
+                p.grad = grad
+            elif gradient_as == "sums":
+                p.grad = summed(grad, mesh)
+            else:
+                p.grad = distribute_tensor(grad, mesh, [Replicate()])
+        optimizer.step()
+    return [whole(p) for p in params]
+
+
+@pytest.mark.parametrize("gradient_as", ["sums", "whole"])
+@pytest.mark.parametrize("case", ["grafted, auto", "grafted, segment, own", "grafted, column", "paper, auto"])
+def test_gradients_that_lie_elsewhere(case, gradient_as):
+    for found in run(2, elsewhere, case, gradient_as):
+        for weight, expected in zip(found, elsewhere(case, gradient_as), strict=True):
+            assert_relative(weight, expected, TOLERANCE, case)
 
 
 # ---- the rest of a step's life

@@ -81,6 +81,23 @@ def test_there_is_a_state_to_load_into_before_the_first_step(make):
     assert before == layout(optimizer)
 
 
+@over_inputs
+def test_a_default_device_is_for_others(make):
+    """The state lies where the parameters are, and counters on the CPU, whatever device is asked for elsewhere."""
+    run, other = trained(make), trained(make)
+    saved = copy.deepcopy(run[1].state_dict())
+    with torch.device("meta"):
+        optimizer = other[1]
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        str(optimizer.report())
+        found = optimizer.state_dict()
+    run[1].load_state_dict(saved)
+    run[1].step()
+    assert_same(run[0], other[0])
+    assert_equal_trees(found, run[1].state_dict())
+
+
 # ---- loading
 
 
@@ -187,16 +204,22 @@ BAD = {
     "no matrices": lambda saved: saved["state"][0].pop("fisher"),
     "matrices of another size": lambda saved: saved["state"][0].update(fisher=torch.zeros(4, 3, 10)),
     "no step": lambda saved: saved["state"][5].pop("step"),
+    "no weight of F": lambda saved: saved["state"][0].pop("fisher_weight"),
+    "no count of observations": lambda saved: saved["state"][0].pop("observed"),
+    "no count of skipped blocks": lambda saved: saved["state"][0].pop("skipped"),
+    "skipped blocks of other outputs": lambda saved: saved["state"][0].update(skipped=torch.zeros(7)),
+    "options that its own state does not fit": lambda saved: saved["param_groups"][0].update(blocks="row"),
+    "intervals of a group that is not capturable": lambda saved: saved["param_groups"][0].update(factor_interval=9),
 }
 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_a_refused_checkpoint_changes_nothing(bad):
-    run = trained(Maker("cpu", 0))
+    run, other = (trained(lambda: Maker("cpu", 0)(capturable=True, lr=torch.tensor(0.01))) for _ in range(2))
     saved = copy.deepcopy(run[1].state_dict())
+    saved["param_groups"][0]["lr"] += 1
     BAD[bad](saved)
-    other = trained(Maker("cpu", 0))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="expected|loaded state dict"):
         other[1].load_state_dict(saved)
     assert_equal_trees(other[1].state_dict(), run[1].state_dict())
     assert_go_on_alike(run, other)

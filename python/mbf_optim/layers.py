@@ -10,6 +10,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mbf_kernels import SymmetricBlocks
 
@@ -149,6 +150,10 @@ def _layer(name: str, weight: Tensor, bias: Tensor | None, group: dict, states: 
 def check_dtype(name: str, param: Tensor) -> None:
     if isinstance(param, torch.nn.parameter.UninitializedTensorMixin):
         raise TypeError(f"MBF: expected parameters with shapes, got {name} of a lazy module; run the model once first")
+    if is_traceable_wrapper_subclass(local(param)):
+        raise TypeError(
+            f"MBF: expected plain tensors or DTensors of them, got {type(local(param)).__name__} for {name}"
+        )
     if param.dtype not in DTYPES:
         known = "float32, float64, bfloat16 or float16"
         raise TypeError(f"MBF: expected {known} parameters, got {param.dtype} for {name}")

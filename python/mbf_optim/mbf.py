@@ -265,18 +265,28 @@ class MBF(Optimizer):
         CUDA graph must be captured again.
         """
         own = [{name: group[name] for name in ("capturable", "lr", "damping")} for group in self.param_groups]
+        before = {"state": self.state, "param_groups": self.param_groups}
         saved: dict[Tensor, dict] = {}
 
         def check(_: MBF, final: dict) -> None:  # after the user's hooks, which may have changed it
-            saved.update({param: final["state"].get(number) or {} for param, number in self._numbered(final)})
+            for param, number in self._numbered(final):
+                state = final["state"].get(number) or {}
+                # Where checkpoints are flattened, torch puts {} in place of what they lack.
+                saved[param] = {name: value for name, value in state.items() if not isinstance(value, dict) or value}
             for (group, first), loaded in zip(self._with_first(), final["param_groups"], strict=False):
                 for layer in layers_of(group | {"graft": loaded.get("graft", group["graft"])}, first, saved):
                     check_saved(layer, saved)
 
         def take(_: MBF) -> None:  # before the user's hooks
+            try:
+                for group, options in zip(self.param_groups, own, strict=True):
+                    group["capturable"] = options["capturable"]
+                self._take_up(saved)
+            except Exception:  # what has been loaded are new dicts
+                self.__setstate__(before)
+                raise
             for group, options in zip(self.param_groups, own, strict=True):
                 keep_device_scalars(group, options)
-            self._take_up(saved)
 
         with self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(take, prepend=True):
             super().load_state_dict(state_dict)
@@ -368,7 +378,7 @@ class MBF(Optimizer):
             count=sum(blocks.count for blocks in layer.blocks),
             size=max((blocks.size for blocks in layer.blocks), default=1),
             bytes=size,
-            skipped=0 if layer.weight.is_meta else int(state.get("skipped", 0)),
+            skipped=int(state["skipped"].sum()) if "skipped" in state and not layer.weight.is_meta else 0,
         )
 
 

@@ -112,7 +112,7 @@ def _matrix_blocks(
     rows, columns = outputs // m2 if m2 else 1, (inputs + bias) // m1
 
     def tiles(x: Tensor) -> Tensor:
-        tiles = x.unflatten(1, (m1, columns)).unflatten(0, (m2, rows)).transpose(1, 2)
+        tiles = x.view(m2, rows, m1, columns).transpose(1, 2)
         return tiles.unsqueeze(2) if average else tiles
 
     return [replace(_blocks("grid", m1 * m2, rows * columns, average, tiles, column), each=m1, within_output=rows == 1)]
@@ -137,7 +137,7 @@ def _averaged_segments(outputs: int, inputs: int, bias: bool, segment: int) -> l
     """Runs of ``segment`` inputs, and a shorter last one, which the bias joins."""
     runs, rest = divmod(inputs, segment)
     parts = [
-        (runs, segment, "", lambda x: x[:, : runs * segment].unflatten(1, (runs, segment)), "none"),
+        (runs, segment, "", lambda x: x[:, : runs * segment].view(-1, runs, segment), "none"),
         (1, rest + bias, "_tail", lambda x: x[:, runs * segment :].unsqueeze(1), "last" if bias else "none"),
     ]
     return [
@@ -151,7 +151,7 @@ def _segments(outputs: int, inputs: int, bias: bool, segment: int) -> list[Block
     """Likewise, each with a matrix of its own."""
     runs, rest = divmod(inputs + bias, segment)
     parts = [
-        (runs, segment, "", lambda x: x[:, : runs * segment].unflatten(1, (runs, segment))),
+        (runs, segment, "", lambda x: x[:, : runs * segment].view(-1, runs, segment)),
         (1, rest, "_tail", lambda x: x[:, runs * segment :].unsqueeze(1)),
     ]
     column = "column" if bias else "none"

@@ -2,7 +2,8 @@
 
 Layers that step together share a clock: the steps taken and the sums of the weights in M, v and F, which undo a zero
 start. It counts in Python numbers, or in a capturable group on the device, so that it advances inside a CUDA graph.
-A state that no step has seen since it was made or loaded holds plain numbers, ``step`` and ``fisher_weight``.
+A state that no step has seen since it was made or loaded holds plain numbers, ``step`` and ``fisher_weight``; the names
+stay with None, because flattened checkpoints are taken apart by the names that the state has.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def share_clocks(states: list[dict], update_intervals: list[int], others: Iterab
             clock = None
         if clock is None:
             refuse_capture("the first step of a layer (it allocates state)")
-            numbers = {name: state.pop(name, 0) for name in ("step", "fisher_weight")}
+            numbers = {name: state.get(name) or 0 for name in ("step", "fisher_weight")}
+            state.update(dict.fromkeys(numbers))
             key = (update_interval, *numbers.values(), state["momentum"].device)
             if key not in fresh:
                 device = state["momentum"].device

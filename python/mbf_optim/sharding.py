@@ -27,13 +27,15 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gradient(param: Tensor) -> Tensor | None:
-    """The parameter's, laid out on the processes as the parameter is."""
+    """The parameter's, laid out on the processes as the parameter is: from now on, as its address is kept."""
     grad = param.grad
     if grad is None or not is_sharded(param):
         return grad
     if not is_sharded(grad):
         raise TypeError(f"MBF: expected the gradient of a DTensor to be one, got {type(grad).__name__}")
-    return grad.redistribute(param.device_mesh, param.placements) if grad.placements != param.placements else grad
+    if grad.placements != param.placements:
+        param.grad = grad = grad.redistribute(param.device_mesh, param.placements)
+    return grad
 
 
 def local_gradient(param: Tensor) -> Tensor | None:

@@ -45,19 +45,26 @@ def complete(layer: Layer, states: States, group: dict) -> dict:
     if not _is_made(layer, states):
         refuse_capture("the first step of a layer (it allocates state)")
         _make(layer, states, group)
-    for param in layer.params:
-        if "momentum" not in states[param]:  # of a frozen bias: checkpoints of several processes leave it out
-            states[param]["momentum"] = _zeros_like(param, layer)
+    # Of a frozen bias all may be missing: checkpoints of several processes leave it out.
+    for param in _without("momentum", layer, states):
+        states[param]["momentum"] = _zeros_like(param, layer)
     state = states[layer.weight]
-    if needs_squares(layer, group) and "second_moment" not in state:
+    if needs_squares(layer, group) and _without("second_moment", layer, states):
         refuse_capture("the first grafted step of a layer (it allocates state)")
         for param, square in zip(layer.params, _second_moments(layer, state, group), strict=True):
-            states[param]["second_moment"] = square
-    if needs_masters(layer, group) and "master" not in state:
+            states[param].setdefault("second_moment", square)
+    if needs_masters(layer, group) and _without("master", layer, states):
         refuse_capture("the first step with master weights (it allocates them)")
-        for param in layer.params:
+        for param in _without("master", layer, states):
             states[param]["master"] = param.detach().to(layer.dtype)
+    for blocks in layer.blocks:
+        if intervals(blocks, group)[1] == 1:  # an old factor must not come back when one is kept again
+            state.pop("factor" + blocks.suffix, None)
     return state
+
+
+def _without(name: str, layer: Layer, states: States) -> list[Tensor]:
+    return [param for param in layer.params if name not in states[param]]
 
 
 def canonical(layer: Layer, states: States) -> dict[Tensor, dict]:
@@ -68,10 +75,10 @@ def canonical(layer: Layer, states: States) -> dict[Tensor, dict]:
         return of_params
     numbers = on_host(state)
     state.pop("clock", None)
-    state["step"] = torch.tensor(numbers["step"], dtype=torch.float32)
+    state["step"] = torch.tensor(numbers["step"], dtype=torch.float32, device="cpu")
     if layer.blocks:
-        state["fisher_weight"] = torch.tensor(numbers["fisher_weight"], dtype=torch.float64)
-        state["observed"] = torch.tensor(state["observed"])
+        state["fisher_weight"] = torch.tensor(numbers["fisher_weight"], dtype=torch.float64, device="cpu")
+        state["observed"] = torch.tensor(state["observed"], device="cpu")
         by_output = torch.zeros(_outputs_here(layer), dtype=torch.int64, device=state["skipped"].device)
         by_output[:1] = state["skipped"]
         state["skipped"] = _outward(layer, False, by_output)
@@ -98,9 +105,10 @@ def take_up(layer: Layer, states: States, saved: dict[Tensor, dict]) -> None:
     state["step"], state["fisher_weight"] = int(entries["step"]), float(entries.get("fisher_weight", 0.0))
     if layer.blocks:
         state["observed"] = int(entries["observed"])
-        skipped = torch.as_tensor(entries["skipped"])
-        skipped = _inward(layer, False, skipped) if skipped.ndim else skipped
-        state["skipped"] = skipped.sum().to(device, torch.int64)
+        skipped = entries["skipped"]
+        if isinstance(skipped, Tensor) and skipped.ndim:
+            skipped = _inward(layer, False, skipped).sum()
+        state["skipped"] = torch.tensor(int(skipped), dtype=torch.int64, device=device)
     for name, blocks in _matrices(layer, entries):
         packed = entries[name].reshape(layer.saved_shapes(blocks)[0])
         packed = _inward(layer, blocks.shared, packed).to(device=device, dtype=layer.dtype)
@@ -118,8 +126,11 @@ def check_saved(layer: Layer, saved: dict[Tensor, dict]) -> None:
             if not _is_shaped(found, param.shape) and (found is not None or needed_here):
                 raise ValueError(_unexpected(layer, name, param.shape, found))
     of_weight = saved.get(layer.weight, {})
-    if "step" not in of_weight or (layer.bias is not None and "step" in saved.get(layer.bias, {})):
-        raise ValueError(_unexpected(layer, "step", (), of_weight.get("step")))
+    for name in ("step", "fisher_weight", "observed", "skipped") if layer.blocks else ("step",):
+        found = of_weight.get(name)
+        by_output = name == "skipped" and _is_shaped(found, layer.weight.shape[:1])
+        if not (by_output or isinstance(found, int | float) or _is_shaped(found, ())):
+            raise ValueError(_unexpected(layer, name, (), found))
     shapes = {"fisher" + blocks.suffix: layer.saved_shapes(blocks) for blocks in layer.blocks}
     found = fishers(of_weight) | {name: value for name, value in of_weight.items() if name.startswith("factor")}
     for name in sorted(shapes.keys() | found.keys()):
