@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 TILE_BLOCKS = 32  # blocks side by side in a tile
 MAX_TILED_SIZE = 20  # larger blocks are stored block-major
 DTYPES = (torch.float32, torch.float64)
+INTEGERS = (int, torch.SymInt, Integral)  # Integral: NumPy's, too; the slowest to look for
 
 
 def triangle_size(n: int) -> int:
@@ -139,7 +141,7 @@ class SymmetricBlocks:
 
     def split(self, counts: Sequence[int]) -> list[SymmetricBlocks]:
         """The inverse of ``cat``: runs of ``counts`` blocks. Block-major runs share this storage."""
-        if not isinstance(counts, list | tuple) or not all(isinstance(n, int | torch.SymInt) for n in counts):
+        if not isinstance(counts, list | tuple) or not all(isinstance(n, INTEGERS) for n in counts):
             raise TypeError(f"SymmetricBlocks.split: expected a list of integers, got {counts!r}")
         if sum(counts) != self.count or min(counts, default=0) < 0:
             raise ValueError(f"SymmetricBlocks.split: expected counts that add up to {self.count}, got {list(counts)}")
@@ -216,7 +218,7 @@ def has_memory(value: object) -> bool:
 
 
 def _check_extent(op: str, count: int, size: int) -> None:
-    if not all(isinstance(number, int | torch.SymInt) for number in (count, size)):
+    if not (isinstance(count, INTEGERS) and isinstance(size, INTEGERS)):
         raise TypeError(f"{op}: expected count and size to be integers, got {count!r} and {size!r}")
     if count < 0 or size < 1:
         raise ValueError(f"{op}: expected count >= 0 and size >= 1, got {count} and {size}")

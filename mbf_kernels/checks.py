@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import add, attrgetter, le
 
 import torch
 from torch import Tensor
@@ -53,8 +54,9 @@ def block_lists(op: str, **lists: Sequence) -> None:
     for name, items in lists.items():
         if not isinstance(items, list | tuple):
             raise TypeError(f"{op}: expected {name} to be a list of SymmetricBlocks, got {type(items).__name__}")
-        for i, item in enumerate(items):
-            blocks(op, f"{name}[{i}]", item)
+        if not all(isinstance(item, SymmetricBlocks) for item in items):
+            for i, item in enumerate(items):
+                blocks(op, f"{name}[{i}]", item)
 
 
 def optional_tensor_lists(op: str, **lists: Sequence) -> None:
@@ -122,6 +124,8 @@ def non_negative(op: str, **values: float) -> None:
 
 
 def number(op: str, name: str, value: object) -> float:
+    if type(value) is float:
+        return value
     try:
         if not isinstance(value, str | bytes):
             return float(value)
@@ -317,22 +321,37 @@ def _repeats(tensor: Tensor) -> bool:
     return False
 
 
-def memory(op: str, written: dict[str, Sequence[Tensor]], read: dict[str, Sequence[Tensor]]) -> None:
+def memory(op: str, written: dict[str, Sequence[Tensor]], read: dict[str, Sequence[Tensor | None]]) -> None:
     """Raises ValueError where a tensor begins in the memory of another and one of the two is written, or where what is
     written is an inference tensor and this is not inference mode.
 
     Of a tensor with gaps only the first element is known to be its own: the views of one weight interleave.
     """
+    if not torch.is_inference_mode_enabled():
+        for name, tensors in written.items():
+            inference = list(map(Tensor.is_inference, tensors))
+            if any(inference):
+                which = f"{name}[{inference.index(True)}]"
+                raise ValueError(f"{op}: expected to write to {which}, got an inference tensor: clone() it")
+    lists = (*written.values(), *read.values())
+    tensors = [tensor for items in lists for tensor in items if tensor is not None]
+    starts = list(map(Tensor.data_ptr, tensors))
+    ends = map(add, starts, map(_BYTES, tensors))
+    if not all(map(le, sorted(ends), sorted(starts)[1:])):  # not one after another
+        _disjoint(op, written, read)
+
+
+_BYTES = attrgetter("nbytes")
+
+
+def _disjoint(op: str, written: dict[str, Sequence[Tensor]], read: dict[str, Sequence[Tensor | None]]) -> None:
     places = []
     for is_written, lists in ((True, written), (False, read)):
         for name, tensors in lists.items():
             for i, tensor in enumerate(tensors):
-                if tensor is None or not tensor.numel():
-                    continue
-                if is_written and tensor.is_inference() and not torch.is_inference_mode_enabled():
-                    raise ValueError(f"{op}: expected to write to {name}[{i}], got an inference tensor: clone() it")
-                start, own = tensor.data_ptr(), tensor.numel() if _is_dense(tensor) else 1
-                places.append((start, start + own * tensor.element_size(), is_written, f"{name}[{i}]"))
+                if tensor is not None and tensor.numel():
+                    start, own = tensor.data_ptr(), tensor.numel() if _is_dense(tensor) else 1
+                    places.append((start, start + own * tensor.element_size(), is_written, f"{name}[{i}]"))
     ends = {True: (0, ""), False: (0, "")}  # how far what is written reaches so far, and what is read; and who
     for start, end, is_written, name in sorted(places):
         for other_is_written, (other_end, other) in ends.items():
@@ -345,5 +364,7 @@ def _is_dense(tensor: Tensor) -> bool:
     """Whether elements follow each other without gaps, in any order of dimensions."""
     if tensor.is_contiguous():
         return True
+    if _repeats(tensor):
+        return False
     last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.numel() == last + 1

@@ -1,5 +1,6 @@
 """Every public function answers bad input with a ValueError or TypeError that starts with its own name."""
 
+import numpy as np
 import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
@@ -379,6 +380,19 @@ def test_views_of_one_weight_that_interleave_are_apart(backend):
     assert (w != 1).all() and (m == 1).all()
 
 
+def test_a_gradient_that_repeats_its_elements_owns_no_gaps(backend):
+    """Its elements lie four apart, each there four times; weights lie between them."""
+    buffer = torch.ones(16)
+    grad, between = buffer[::4][:, None].expand(4, 4), buffer[1:2]
+    assert grad.stride() == (4, 0)
+    zeros = [vectors(4, 4), vectors(1)]
+    mbf_diagonal_step_(
+        [vectors(4, 4), between], [grad, vectors(1)], zeros, [t.clone() for t in zeros],
+        lr=0.1, momentum=0.9, diagonal_decay=0.99, graft="adam",
+    )  # fmt: skip
+    assert between != 1 and (grad == 1).all()
+
+
 @pytest.mark.parametrize("op", STEPS)
 def test_inference_tensors_are_written_in_inference_mode_alone(backend, op):
     args, options = valid(op)
@@ -414,6 +428,13 @@ BAD_STORAGE = {
 def test_bad_storage(call):
     with pytest.raises((TypeError, ValueError), match=r"^SymmetricBlocks.*: expected .*got "):
         call()
+
+
+def test_integers_of_numpy():
+    count, size = np.int64(B), np.int32(N)
+    made = SymmetricBlocks.zeros(count, size)
+    assert SymmetricBlocks(made.data, count, size).to_dense().shape == (B, N, N)
+    assert [part.count for part in made.split([np.int64(2), np.int64(B - 2)])] == [2, B - 2]
 
 
 @pytest.mark.parametrize("name", [None, 3, "gpu", ["cpu"], {}], ids=str)

@@ -479,3 +479,83 @@ def test_a_state_that_lost_statistics_is_refused(kind):
     with pytest.raises(ValueError, match="expected a state of .* tensors in a group, got 4; .* take a step before"):
         set_optimizer_state_dict(other, new, state, options=options)
     assert "updates" not in new.state[other[0].weight] and new.param_groups[0]["step"] == 0
+
+
+@over_all
+def test_a_flat_state_is_filled_in_after_a_step(kind):
+    """With a layer that has not been seen, of which there are no statistics to lose."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    models = []
+    for resumed in (False, True):
+        model = net()
+        model[2].eval()
+        model[3].eval()
+        optimizer = (KINDS | QUASI)[kind](model, lr=0.01)
+        train(model, optimizer, 2)
+        if resumed:
+            weights, state = model.state_dict(), get_optimizer_state_dict(model, optimizer, options=options)
+            model = net(seed=1)
+            model[2].eval()
+            model[3].eval()
+            optimizer = (KINDS | QUASI)[kind](model, lr=0.01)
+            train(model, optimizer, 1)
+            model.load_state_dict(weights)
+            set_optimizer_state_dict(model, optimizer, state, options=options)
+        train(model, optimizer, 2)
+        models.append(model)
+    same(*models)
+
+
+@over_all
+def test_a_state_before_the_first_step_is_none(kind):
+    """It holds all that there will be, of the same shapes, so that it can be filled in; loaded, it is not there."""
+    model = net()
+    optimizer = (KINDS | QUASI)[kind](model, lr=0.01)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    train(model, optimizer, 2)
+    state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    for index, values in optimizer.state_dict()["state"].items():
+        fixed = {name: value for name, value in values.items() if name in state["state"][index]}
+        missing = values.keys() - fixed.keys()
+        assert not missing or kind.startswith("two-level"), missing
+        for name, value in fixed.items():
+            other = state["state"][index][name]
+            assert type(value) is type(other) and getattr(value, "shape", 0) == getattr(other, "shape", 0), name
+    other = net()
+    resumed = (KINDS | QUASI)[kind](other, lr=0.01)
+    resumed.load_state_dict(state)
+    train(other, resumed, 2)
+    same(model, other)
+
+
+@over_all
+def test_a_state_of_before_it_was_complete(kind):
+    """Without what is not there yet, and without the number of its tensors."""
+    models = []
+    for how in ("whole", "old"):
+        model = net()
+        optimizer = (KINDS | QUASI)[kind](model, lr=0.01)
+        train(model, optimizer, 1)
+        state = optimizer.state_dict()
+        if how == "old":
+            state["state"] = {i: dict(optimizer.state[param]) for i, param in enumerate(model.parameters())}
+            for group in state["param_groups"]:
+                del group["state_tensors"]
+        resumed = (KINDS | QUASI)[kind](model, lr=0.01)
+        resumed.load_state_dict(copy.deepcopy(state))
+        train(model, resumed, 2)
+        models.append(model)
+    same(*models)
+
+
+@over_all
+def test_a_model_that_is_cast_before_the_first_step(kind):
+    models = []
+    for cast_after in (False, True):
+        model = net().float()
+        model = model if cast_after else model.double()
+        optimizer = (KINDS | QUASI)[kind](model, lr=0.01)
+        train(model.double(), optimizer, 3)
+        models.append(model)
+    same(*models)

@@ -11,7 +11,11 @@ from mbf_optim.triangles import packed, unpacked
 from test_model_optimizer import KINDS, QUASI
 from torch import distributed, nn
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -80,9 +84,11 @@ def replica(model, **options):
 
 def kept_by(model, optimizer):
     """Eigenvectors are known up to their signs."""
-    state = copy.deepcopy(optimizer.state_dict()["state"])
-    for index, values in state.items():
-        state[index] = {name: value for name, value in values.items() if not name.endswith("_vectors")}
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    state = {
+        index: {name: copy.deepcopy(value) for name, value in optimizer.state[param].items() if "_vectors" not in name}
+        for index, param in enumerate(params)
+    }
     return {"weights": model.state_dict(), "state": state}
 
 
@@ -494,8 +500,8 @@ def test_processes_that_resume_go_on_as_if_they_had_not_stopped(kind, how):
     assert_same(run(2, resumed, kind, parts, how), run(2, trained, kind, "linear", parts))
 
 
-def from_a_checkpoint(kind, steps, folder):
-    """Of torch.distributed.checkpoint, which fills in what an optimizer has: after a first step."""
+def from_a_checkpoint(kind, steps, folder, new):
+    """Of torch.distributed.checkpoint, which fills in what an optimizer has: a new one, or after a first step."""
     model = net()
     optimizer = ALL[kind](model, **options_of(kind))
     train(replica(model), optimizer, steps[: len(steps) // 2])
@@ -504,7 +510,8 @@ def from_a_checkpoint(kind, steps, folder):
     )
     model = net()
     optimizer = ALL[kind](model, **options_of(kind))
-    train(replica(model), optimizer, steps[:1])
+    if not new:
+        train(replica(model), optimizer, steps[:1])
     state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
     checkpoint.load(state, checkpoint_id=folder)
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -512,11 +519,67 @@ def from_a_checkpoint(kind, steps, folder):
     return kept_by(model, optimizer)
 
 
-@over_methods
-def test_a_checkpoint_is_filled_in(kind, tmp_path):
+@over_all
+def test_statistics_lie_row_by_row(kind):
+    """Columns of LAPACK's, or gaps, would be lost in a checkpoint: other bits of products, or what is broadcast."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 2), nn.Conv2d(4, 4, 1, groups=2), nn.Flatten(), nn.Linear(24, 140), nn.Tanh(), nn.Linear(140, 3)
+    ).double()
+    optimizer = ALL[kind](model, lr=1e-3, **({"memory": 2} if kind == "KBFGSL" else {}))
+    for t in range(3):
+
+        def closure(t=t):
+            optimizer.zero_grad()
+            loss = loss_of(model(randn(6, 2, 4, 3, dtype=torch.float64, seed=t)), torch.ones(6, 3).double())
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    found = {name: value for state in optimizer.state.values() for name, value in state.items()}
+    assert all(value.is_contiguous() for value in found.values() if isinstance(value, torch.Tensor))
+
+
+ALL_BUT_TWO_LEVEL = [kind for kind in ALL if not kind.startswith("two-level")]
+
+
+@pytest.mark.parametrize("kind", ALL_BUT_TWO_LEVEL)
+def test_a_checkpoint_is_filled_in_by_a_new_optimizer(kind, tmp_path):
     parts = list(batches(sizes=(6, 6), steps=7))
-    found = run(2, from_a_checkpoint, kind, parts, str(tmp_path))
+    found = run(2, from_a_checkpoint, kind, parts, str(tmp_path), True)
     assert_same(found, run(2, trained, kind, "linear", parts))
+
+
+@pytest.mark.parametrize("kind", ["two-level", "two-level, additive"])
+def test_samples_in_a_checkpoint_are_filled_in_after_a_first_step(kind, tmp_path):
+    """How many there are no new optimizer knows."""
+    parts = list(batches(sizes=(6, 6), steps=7))
+    with pytest.raises(ValueError, match="expected a state of .* tensors in a group, got .* take a step before"):
+        run(2, from_a_checkpoint, kind, parts, str(tmp_path), True)
+    found = run(2, from_a_checkpoint, kind, parts, str(tmp_path), False)
+    assert_same(found, run(2, trained, kind, "linear", parts))
+
+
+def from_one_file(kind, steps, broadcast):
+    """The whole state, from all processes or from the first one, into a new optimizer."""
+    model = net()
+    optimizer = ALL[kind](model, **options_of(kind))
+    train(replica(model), optimizer, steps[: len(steps) // 2])
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
+    saved = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    twin = copy.deepcopy(model)
+    optimizer = ALL[kind](twin, **options_of(kind))
+    here = {} if broadcast and distributed.get_rank() else saved
+    set_optimizer_state_dict(twin, optimizer, here, options=options)
+    train(replica(twin), optimizer, steps[len(steps) // 2 :])
+    return kept_by(twin, optimizer)
+
+
+@pytest.mark.parametrize("kind", ALL_BUT_TWO_LEVEL)
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_a_whole_state_in_a_new_optimizer(kind, broadcast):
+    parts = list(batches(sizes=(6, 6), steps=7))
+    assert_same(run(2, from_one_file, kind, parts, broadcast), run(2, trained, kind, "linear", parts))
 
 
 # ------------------------------------------------------------------ what is not supported

@@ -121,6 +121,9 @@ class AdaFisher(ModelOptimizer):
         groups, outputs, n = layer.shape
         return {"H": (n,), "S": (groups * outputs,)}
 
+    def _numbers(self, layer: Affine | Norm | None) -> dict[str, int]:
+        return super()._numbers(layer) | {"step": 0}
+
     def _structure(self, layer: Affine | Norm) -> tuple[str, int, int]:
         groups, outputs, n = layer.shape
         m = groups * outputs

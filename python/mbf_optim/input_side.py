@@ -23,6 +23,7 @@ class Whole:
 
     def __init__(self, layer: Affine):
         _, _, self.size = layer.shape
+        self.sizes = {"A": self.size}
 
     def sums(self, rows: Rows) -> Seen:
         """Over samples, of what the blocks are made of."""
@@ -69,6 +70,7 @@ class Uncorrelated:
         self.channels, self.offsets = layer.weight.shape[1], layer.weight[0, 0].numel()
         self.biased = layer.bias is not None
         self.size = self.channels + self.biased
+        self.sizes = dict(zip(self.names, (self.channels, self.size), strict=True))
 
     def sums(self, rows: Rows) -> Seen:
         weights, _ = self._apart(rows.inputs)

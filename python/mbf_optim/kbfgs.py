@@ -112,7 +112,8 @@ class QuasiNewton(ModelOptimizer):
 
     def _shapes(self, layer: Affine) -> dict[str, tuple[int, ...]]:
         groups, outputs, inputs = layer.shape
-        return {"A": (groups, inputs, inputs), "s": (groups, outputs)}
+        of_a, of_s = (groups, inputs, inputs), (groups, outputs)
+        return {"A": of_a, "A_inverse": of_a, "s": of_s, "y": of_s}
 
     def _means(self) -> tuple[dict[Affine, Share], dict[Affine, Means]]:
         """Of all processes, at the weights as they are; and the layers' shares. A frozen bias is in no mean of h, and
@@ -281,6 +282,10 @@ class KBFGS(QuasiNewton):
         options = {"lr": lr, "damping": damping, "decay": decay, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(model, options, groups, mean_loss, process_group)
 
+    def _shapes(self, layer: Affine) -> dict[str, tuple[int, ...]]:
+        groups, outputs, _ = layer.shape
+        return super()._shapes(layer) | {"G_inverse": (groups, outputs, outputs)}
+
     def _start(self, layer: Affine, state: dict) -> None:
         groups, outputs, _ = layer.shape
         state["G_inverse"] = torch.diag_embed(state["A"].new_ones(groups, outputs))
@@ -303,12 +308,15 @@ class KBFGSL(QuasiNewton):
     """K-BFGS with H_g of limited memory: what the last pairs make of I, never formed. For large outputs: 2 memory q
     numbers in place of q^2.
 
-    A group of a grouped convolution that did not accept a pair which others did has zeros for it, no pair.
+    A pair of zeros is none: so are those that are still to come, and that of a group of a grouped convolution which did
+    not accept what others did.
 
     Args:
         memory: pairs, at most; the oldest one goes. With as many as steps, the iterates are those of KBFGS.
         all others: see KBFGS. Errors and source as there; there too is the closure that a step needs.
     """
+
+    _of_any_length = ("S", "Y")
 
     def __init__(
         self,
@@ -326,9 +334,13 @@ class KBFGSL(QuasiNewton):
         options = {"lr": lr, "damping": damping, "decay": decay, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(model, options | {"memory": memory}, groups, mean_loss, process_group)
 
-    def _start(self, layer: Affine, state: dict) -> None:
+    def _shapes(self, layer: Affine) -> dict[str, tuple[int, ...]]:
         groups, outputs, _ = layer.shape
-        state["S"] = state["Y"] = state["A"].new_zeros(groups, 0, outputs)
+        of_s = groups, self._group(layer)["memory"], outputs
+        return super()._shapes(layer) | {"S": of_s, "Y": of_s}
+
+    def _start(self, layer: Affine, state: dict) -> None:
+        state["S"] = state["Y"] = state["A"].new_zeros(self._shapes(layer)["S"])
 
     def _product(self, state: dict, x: Tensor) -> Tensor:
         return limited_product(state["S"], state["Y"], x)
@@ -338,8 +350,9 @@ class KBFGSL(QuasiNewton):
         for pair, good, some in zip(pairs, found, _on_host([good.any() for good in found]), strict=True):
             if some:
                 for name, vector in (("S", pair.s), ("Y", pair.y)):
-                    row = torch.where(good[:, None], vector, 0)[:, None]
-                    pair.state[name] = torch.cat([pair.state[name], row], 1)[:, -pair.group["memory"] :]
+                    row, old = torch.where(good[:, None], vector, 0)[:, None], pair.state[name]
+                    surplus = max(0, old.shape[1] + 1 - pair.group["memory"])
+                    pair.state[name] = torch.cat([old[:, surplus:], row], 1)
         return found
 
     def _structure(self, layer: Affine) -> tuple[str, int, int]:

@@ -98,8 +98,14 @@ class KFAC(LayerwiseOptimizer):
         flag(self._title, "spatially_uncorrelated", options["spatially_uncorrelated"])
 
     def _shapes(self, layer: Affine) -> dict[str, tuple[int, ...]]:
-        groups, outputs, inputs = layer.shape
-        return {"A": (groups, inputs, inputs), "G": (groups, outputs, outputs)}
+        groups, outputs, _ = layer.shape
+        group = self._group(layer)
+        exact, shapes = group["damping_form"] == "exact", {}
+        for name, n in (input_side(layer, group).sizes | {"G": outputs}).items():
+            shapes[name] = groups, n, n
+            shapes |= {f"{name}_values": (groups, n), f"{name}_vectors": (groups, n, n)} if exact else {}
+            shapes |= {} if exact else {f"{name}_inverse": (groups, n, n)}
+        return shapes
 
     def _measured(self, layer: Affine, rows: Rows, share: Share, group: dict) -> Seen:
         seen = input_side(layer, group).sums(rows)
@@ -159,7 +165,7 @@ def _decompose(state: dict, names: Iterable[str]) -> None:
         matrix = state[name]
         values, vectors = torch.linalg.eigh(matrix.double())  # LAPACK's in float32 has given NaN for finite ones
         state[f"{name}_values"] = values.clamp_min(0).to(matrix.dtype)
-        state[f"{name}_vectors"] = without_denormals(vectors.to(matrix.dtype))
+        state[f"{name}_vectors"] = without_denormals(vectors.to(matrix.dtype)).contiguous()  # LAPACK's are by columns
 
 
 def _divided(state: dict, name: str, part: Tensor, damping: float) -> Tensor:

@@ -105,7 +105,15 @@ class KPSVD(LayerwiseOptimizer):
 
     def _shapes(self, layer: Affine) -> dict[str, tuple[int, ...]]:
         groups, outputs, inputs = layer.shape
-        return {"R": (groups, inputs, inputs), "S": (groups, outputs, outputs)}
+        of_r, of_s = (groups, inputs, inputs), (groups, outputs, outputs)
+        if self._group(layer)["method"] == "kpsvd":
+            return {"R": of_r, "S": of_s, "R_inverse": of_r, "S_inverse": of_s}
+        pairs = dict(zip(FIRST + SECOND, (of_r, of_s) * 2, strict=True))
+        return pairs | {"K1": of_r, "K2": of_s, "spectrum": (groups, outputs, inputs)}
+
+    def _numbers(self, layer: Affine | None) -> dict[str, int]:
+        numbers = super()._numbers(layer)
+        return numbers | {"method": list(METHODS).index(self._group(layer)["method"])} if layer else numbers
 
     def _measured(self, layer: Affine, rows: Rows, share: Share, group: dict) -> Seen:
         """Singular pairs are no means of those of parts: all rows, then, in every process."""

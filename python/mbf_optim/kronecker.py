@@ -127,4 +127,4 @@ def _by_linalg(matrices: Tensor) -> tuple[Tensor, Tensor]:
     lower, info = torch.linalg.cholesky_ex(matrices)
     good = info == 0
     identity = torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device)
-    return torch.cholesky_inverse(torch.where(good[:, None, None], lower, identity)), good
+    return torch.cholesky_inverse(torch.where(good[:, None, None], lower, identity)).contiguous(), good

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 class ModelOptimizer(Optimizer):
     """Statistics of a layer are in ``self.state[layer.weight]``, with the number of their "updates" and of those
-    "skipped". Every group counts its steps in "step", and in a state its tensors in "state_tensors".
+    "skipped", as soon as there are any. ``state_dict()`` holds them from the beginning, NaN where there are none yet,
+    as torch.distributed.checkpoint loads what an optimizer has already. Every group counts its steps in "step", and in
+    a state its tensors in "state_tensors".
 
     Args:
         model: its parameters are stepped. What DistributedDataParallel made of it stands for it.
@@ -41,6 +43,7 @@ class ModelOptimizer(Optimizer):
 
     _layers: list[ModuleLayer]  # of the parameters that are stepped
     _momentum = "momentum_buffer"  # its name in the state; all other tensors there are statistics
+    _of_any_length: tuple[str, ...] = ()  # those that a state may hold less or more of
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class ModelOptimizer(Optimizer):
             raise ValueError(f"{self._title}: expected a model with parameters")
         self._model, self._replicas = model, Replicas(self._title, process_group, params[0].device)
         self._left_out: set[ModuleLayer] = set()  # in this step, in this process
-        self._loaded = False  # a state, and not stepped since
+        self._conforms = False  # the state, to parameters that may have been cast or moved since it was made
         self._seen_whole = False  # the parameters, at a step
         super().__init__([{"params": params}] if groups is None else groups, defaults | {"step": 0, "state_tensors": 0})
         self._capture = Capture(model, [layer.module for layer in self._known_layers(None)], self._wants)
@@ -97,6 +100,10 @@ class ModelOptimizer(Optimizer):
     def _has_momentum(self, group: dict) -> bool:
         return True
 
+    def _numbers(self, layer: ModuleLayer | None) -> dict[str, int]:
+        """What the state of a layer's weight, or None: of any other tensor, counts as it begins."""
+        return {"updates": 0, "skipped": 0} if layer else {}
+
     def _momentum_of(self, param: Tensor) -> Tensor:
         state = self.state[param]
         if self._momentum not in state:  # its parameter was frozen, or its group had none
@@ -122,8 +129,21 @@ class ModelOptimizer(Optimizer):
 
     def state_dict(self) -> dict:
         for group in self.param_groups:
-            group["state_tensors"] = _tensors(self.state.get(param, {}) for param in group["params"])
-        return super().state_dict()
+            group["state_tensors"] = self._tensors(self.state.get(param, {}) for param in group["params"])
+        saved = super().state_dict()
+        layers = {id(layer.weight): layer for layer in self._layers if _trains(layer)}
+        for index, param in self._saved_params(saved):
+            layer = layers.get(id(param))
+            saved["state"][index] = self._expected(param, layer) | saved["state"].get(index, {})
+        return saved
+
+    def _expected(self, param: Tensor, layer: ModuleLayer | None) -> dict[str, Tensor | int]:
+        """Statistics that are not there yet."""
+        shapes = self._shapes(layer) if layer else {}
+        return self._numbers(layer) | {
+            name: param.new_full(shape, math.nan, dtype=layer.dtype, requires_grad=False)
+            for name, shape in shapes.items()
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As in torch, but statistics keep their own dtypes; the next step computes in that of the layer. Raises
@@ -135,16 +155,28 @@ class ModelOptimizer(Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor) and name != self._momentum:
                     self.state[param][name] = value.to(param.device, copy=True)
-        self._loaded = True
+        for layer in self._layers:
+            state = self.state[layer.weight]
+            for name in ("updates", "skipped", *self._shapes(layer)):
+                if name in state and _is_absent(state[name]):
+                    del state[name]
+        self._conforms = False
 
     def _conform(self) -> None:
-        """Statistics of a model in another dtype to what this one's are computed in."""
-        for layer in self._layers:
-            state = self.state.get(layer.weight, {})
+        """To where the parameters are now, and to the dtypes that their statistics are computed in."""
+        dtypes = {id(layer.weight): layer.dtype for layer in self._layers}
+        for param in (param for group in self.param_groups for param in group["params"]):
+            state = self.state[param]
             for name, value in state.items():
-                if isinstance(value, Tensor) and name != self._momentum:
-                    state[name] = value.to(layer.dtype)
-        self._loaded = False
+                if isinstance(value, Tensor):
+                    dtype = param.dtype if name == self._momentum else dtypes.get(id(param), value.dtype)
+                    state[name] = value.to(param.device, dtype)
+        self._conforms = True
+
+    def _tensors(self, states: Iterable[dict]) -> int:
+        """How many there are, without those that ``state_dict()`` adds."""
+        entries = [entry for state in states for entry in state.items() if isinstance(entry[1], Tensor)]
+        return sum(name == self._momentum or not _is_absent(value) for name, value in entries)
 
     def _saved_params(self, state_dict: dict) -> list[tuple[int, Tensor]]:
         """The parameters with their numbers in a state."""
@@ -153,12 +185,13 @@ class ModelOptimizer(Optimizer):
 
     def _check_state(self, state_dict: dict) -> None:
         for group in state_dict["param_groups"]:
-            if absent := self.defaults.keys() - group.keys():
+            if absent := self.defaults.keys() - group.keys() - {"state_tensors"}:
                 raise ValueError(f"{self._title}: expected a state with {', '.join(sorted(absent))} in every group")
-            found = _tensors(state_dict["state"].get(index, {}) for index in group["params"])
-            if found < group["state_tensors"]:
+            found = self._tensors(state_dict["state"].get(index, {}) for index in group["params"])
+            expected = group.get("state_tensors", 0)
+            if found < expected:
                 raise ValueError(
-                    f"{self._title}: expected a state of {group['state_tensors']} tensors in a group, got {found}; "
+                    f"{self._title}: expected a state of {expected} tensors in a group, got {found}; "
                     "torch.distributed.checkpoint fills in what an optimizer has already, so take a step before"
                 )
         layers = {id(layer.weight): layer for layer in self._layers}
@@ -167,7 +200,9 @@ class ModelOptimizer(Optimizer):
             if id(param) in layers:
                 expected |= self._shapes(layers[id(param)])
             for name, value in state_dict["state"].get(index, {}).items():
-                if name in expected and tuple(value.shape) != expected[name]:
+                if name in self._of_any_length or name not in expected:
+                    continue
+                if tuple(value.shape) != expected[name]:
                     raise ValueError(
                         f"{self._title}: expected {name} of parameter {index} in the state to have shape "
                         f"{expected[name]}, got {tuple(value.shape)}"
@@ -175,7 +210,7 @@ class ModelOptimizer(Optimizer):
 
     @abstractmethod
     def _shapes(self, layer: ModuleLayer) -> dict[str, tuple[int, ...]]:
-        """Of some of the statistics, by name."""
+        """Of the statistics, by name, but for those whose shapes are not known before."""
 
     def __getstate__(self) -> dict:
         raise TypeError(f"{self._title}: cannot be copied or pickled, it hangs on a model's modules; save state_dict()")
@@ -243,7 +278,7 @@ class ModelOptimizer(Optimizer):
                 loss = closure()
         self._refuse_unnoticed()
         self._refuse_sparse()
-        if self._loaded:
+        if not self._conforms:
             self._conform()
         return loss
 
@@ -296,8 +331,9 @@ def _sharding(param: Tensor) -> str | None:
     return "a DTensor (fully_shard, tensor parallelism)" if is_sharded(param) else None
 
 
-def _tensors(states: Iterable[dict]) -> int:
-    return sum(isinstance(value, Tensor) for state in states for value in state.values())
+def _is_absent(value: Tensor | int) -> bool:
+    """Of what ``state_dict()`` adds, for there are no statistics yet."""
+    return bool(value.isnan().all()) if isinstance(value, Tensor) else value == 0
 
 
 def check_range(title: str, options: dict) -> None:
