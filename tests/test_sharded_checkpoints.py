@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     get_state_dict,
+    set_optimizer_state_dict,
     set_state_dict,
 )
 from torch.distributed.tensor import DTensor, Replicate
@@ -123,6 +124,32 @@ def a_whole_state(folder):
 def test_whole_states(tmp_path):
     for found in run(4, a_whole_state, tmp_path):
         assert_same(found, alone("grafted, auto", range(2 * STEPS)), "grafted, auto")
+
+
+def a_flat_state(folder, case, steps_before):
+    """One dictionary of tensors and options by name, which torch loads by the names in the state it finds."""
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    model, optimizer = prepared(case, (2,))
+    train(model, optimizer, FIRST)
+    weights = [param.detach().clone() for param in model.parameters()]
+    checkpoint.save(get_optimizer_state_dict(model, optimizer, options=flat), checkpoint_id=folder)
+    model, optimizer = prepared(case, (2,))
+    train(model, optimizer, range(50, 50 + steps_before))
+    states = get_optimizer_state_dict(model, optimizer, options=flat)
+    checkpoint.load(states, checkpoint_id=folder)
+    set_optimizer_state_dict(model, optimizer, states, options=flat)
+    with torch.no_grad():
+        for param, weight in zip(model.parameters(), weights, strict=True):
+            param.copy_(weight)
+    train(model, optimizer, REST)
+    return outcome(model, optimizer)
+
+
+@pytest.mark.parametrize("steps_before", [0, 2], ids=["fresh", "stepped"])
+@pytest.mark.parametrize("case", ["grafted, auto", "paper, auto, old factors", "grafted, column, own"])
+def test_flat_states(tmp_path, case, steps_before):
+    for found in run(2, a_flat_state, tmp_path, case, steps_before):
+        assert_same(found, alone(case, range(2 * STEPS)), case)
 
 
 def asked_before_the_first_step():

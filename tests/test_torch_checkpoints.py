@@ -179,6 +179,7 @@ def test_names_do_not_decide_what_loads(partition, saved_named, loads_named):
     assert_go_on_alike(run, other)
 
 
+NUMBERS = ("step", "fisher_weight", "observed", "skipped")
 BAD = {
     "another number of groups": lambda saved: saved["param_groups"].append(saved["param_groups"][0]),
     "another number of parameters": lambda saved: saved["param_groups"][0]["params"].pop(),
@@ -186,7 +187,9 @@ BAD = {
     "no momentum": lambda saved: saved["state"][2].pop("momentum"),
     "no matrices": lambda saved: saved["state"][0].pop("fisher"),
     "matrices of another size": lambda saved: saved["state"][0].update(fisher=torch.zeros(4, 3, 10)),
-    "no step": lambda saved: saved["state"][5].pop("step"),
+    **{f"no {name}": lambda saved, name=name: saved["state"][0].pop(name) for name in NUMBERS},
+    "no step of the diagonal": lambda saved: saved["state"][5].pop("step"),
+    "a step that is no number": lambda saved: saved["state"][5].update(step={}),
 }
 
 

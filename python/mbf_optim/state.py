@@ -75,8 +75,6 @@ def canonical(layer: Layer, states: States) -> dict[Tensor, dict]:
         by_output = torch.zeros(_outputs_here(layer), dtype=torch.int64, device=state["skipped"].device)
         by_output[:1] = state["skipped"]
         state["skipped"] = _outward(layer, False, by_output)
-    else:
-        state.pop("fisher_weight", None)
     for name, blocks in _matrices(layer, state):
         state[name] = _outward(layer, blocks.shared, state[name].to_packed().view(blocks.packed_shape))
     return of_params
@@ -95,8 +93,9 @@ def take_up(layer: Layer, states: States, saved: dict[Tensor, dict]) -> None:
     if "step" not in entries:
         return
     device = local(layer.weight).device
-    state["step"], state["fisher_weight"] = int(entries["step"]), float(entries.get("fisher_weight", 0.0))
+    state["step"] = int(entries["step"])
     if layer.blocks:
+        state["fisher_weight"] = float(entries["fisher_weight"])
         state["observed"] = int(entries["observed"])
         skipped = torch.as_tensor(entries["skipped"])
         skipped = _inward(layer, False, skipped) if skipped.ndim else skipped
@@ -118,8 +117,11 @@ def check_saved(layer: Layer, saved: dict[Tensor, dict]) -> None:
             if not _is_shaped(found, param.shape) and (found is not None or needed_here):
                 raise ValueError(_unexpected(layer, name, param.shape, found))
     of_weight = saved.get(layer.weight, {})
-    if "step" not in of_weight or (layer.bias is not None and "step" in saved.get(layer.bias, {})):
-        raise ValueError(_unexpected(layer, "step", (), of_weight.get("step")))
+    if layer.bias is not None and "step" in saved.get(layer.bias, {}):
+        raise ValueError(_unexpected(layer, "step", None, saved[layer.bias]["step"]))
+    for name in ("step", "fisher_weight", "observed", "skipped") if layer.blocks else ("step",):
+        if not isinstance(of_weight.get(name), Tensor | int | float):
+            raise ValueError(_unexpected(layer, name, (), of_weight.get(name)))
     shapes = {"fisher" + blocks.suffix: layer.saved_shapes(blocks) for blocks in layer.blocks}
     found = fishers(of_weight) | {name: value for name, value in of_weight.items() if name.startswith("factor")}
     for name in sorted(shapes.keys() | found.keys()):
@@ -159,9 +161,9 @@ def _make(layer: Layer, states: States, group: dict) -> None:
     for param in layer.params:
         states[param] = _others(states[param])
     state = states[layer.weight]
-    state["step"], state["fisher_weight"] = 0, 0.0
+    state["step"] = 0
     if layer.blocks:
-        state["observed"] = 0
+        state["fisher_weight"], state["observed"] = 0.0, 0
         state["skipped"] = torch.zeros((), dtype=torch.int64, device=layer.weight.device)
     for blocks in layer.blocks:
         kept = ("fisher", "factor") if intervals(blocks, group)[1] > 1 else ("fisher",)
