@@ -34,7 +34,7 @@ def trained(data, folder: str, seed: int, resume: bool) -> tuple[torch.nn.Module
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     model = network(seed)
     for layer in model:
-        if any(True for _ in layer.parameters()):
+        if list(layer.parameters()):
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = MBF(model.named_parameters(), lr=1e-2, weight_decay=1e-2)

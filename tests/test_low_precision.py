@@ -120,6 +120,27 @@ def test_masters_give_way_to_weights_that_are_set(dtype):
         assert_bitwise(twins.optimizer.state[low]["master"], full)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_model_may_be_cast_before_the_first_step(dtype):
+    """Though the state is made with the optimizer: it is made anew."""
+    torch.manual_seed(0)
+    late = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 4))
+    early = copy.deepcopy(late).to(dtype)
+    optimizers = [MBF(model.named_parameters(), **OPTIONS) for model in (late, early)]
+    late.to(dtype)
+    for step in range(3):
+        for model, optimizer in zip((late, early), optimizers, strict=True):
+            for i, param in enumerate(model.parameters()):
+                param.grad = randn(*param.shape, seed=10 * step + i).to(dtype)
+            optimizer.step()
+    for ours, expected in zip(late.parameters(), early.parameters(), strict=True):
+        assert_bitwise(ours, expected)
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    for ours, expected in zip(*(state.values() for state in states), strict=True):
+        for name, value in expected.items():
+            assert_bitwise(ours[name], value)
+
+
 @over_dtypes
 def test_small_decays_reach_the_weights(dtype):
     """A decay below half a unit in the last place is lost in rounding, unless there are masters, or it is rounded up

@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from mbf_optim import MBF
+from mbf_optim.tasks import Launch
 from test_mbf import FORMS, NETWORKS, PARTITIONS, Run
 from torch import nn
 
@@ -231,6 +232,39 @@ def test_parameters_replaced_in_a_group():
         assert_bitwise(p, b)
     for name, p in net.tensors.items():
         assert_bitwise(p, fresh.tensors[name])
+
+
+def test_flattened_parameters():
+    """As DeepSpeed puts them in place of a group's: refused where names tell that they are no tensors of their own;
+    otherwise they step without blocks, which the report says."""
+    for named in (True, False):
+        layer = nn.Linear(6, 4)
+        optimizer = MBF(layer.named_parameters() if named else layer.parameters(), lr=1e-2)
+        flat = nn.Parameter(torch.linspace(-1, 1, 28))
+        flat.grad = randn(28, dtype=torch.float32)
+        optimizer.param_groups[0]["params"] = [flat]
+        if named:
+            with pytest.raises(ValueError, match="^MBF: expected a name for every parameter of a group, got 2 for 1"):
+                optimizer.step()
+            continue
+        optimizer.step()
+        assert [(row.shape, row.structure) for row in optimizer.report()] == [((28,), "diagonal")]
+        assert (flat != torch.linspace(-1, 1, 28)).all()
+
+
+@pytest.mark.parametrize("layers", [2, 30])
+def test_layers_of_a_kind_are_one_launch(layers, monkeypatch):
+    """However many they are: one for filters, one for averaged segments, one for tensors without blocks."""
+    shapes = {"conv.weight": (2, 2, 3, 3), "linear.weight": (3, 8), "linear.bias": (3,), "norm.weight": (5,)}
+    named = {f"{i}.{name}": nn.Parameter(randn(*shape)) for i in range(layers) for name, shape in shapes.items()}
+    optimizer = MBF(named.items(), segment=4)
+    launched, call = [], Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, group: launched.append(self) or call(self, group))
+    for _ in range(2):
+        for param in named.values():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert len(launched) == 2 * 3
 
 
 def test_a_parameter_moved_to_another_group():

@@ -208,6 +208,17 @@ def total(messages):
     return totals
 
 
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_bytes_sent_in_rings(count):
+    """Step by step, in chunks that are ``count``-ths of the payload: each process sends one to the next in a round."""
+    chunk, payload = 10, 10 * count
+    scatter = gather = sum(chunk for _ in range(count - 1))
+    passed_on = sum(payload for _ in range(count - 1)) / count  # a broadcast: the last one sends to nobody
+    expected = {"reduce_scatter": scatter, "all_gather": gather, "all_reduce": scatter + gather, "broadcast": passed_on}
+    for collective, number in expected.items():
+        assert traffic.sent([Message(collective, payload)], count) == number
+
+
 def test_the_large_transformer_by_hand():
     """Runs of 64 inputs: in a layer 64 of each of six matrices and 172 of one; embedding and head."""
     (large,) = (network for network in planning.NETWORKS if "Llama" in network.title)

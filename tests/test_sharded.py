@@ -266,6 +266,38 @@ def test_low_precision_sharded():
             assert_relative(state["master"].double(), true_state["master"].double(), tolerance, name)
 
 
+def bfloat16_step(mesh_shape, option):
+    """The weights after one, or their masters."""
+    shapes = {"conv.weight": (6, 4, 3), "linear.weight": (10, 8), "linear.bias": (10,)}
+    values = {name: randn(*shape, seed=i).bfloat16() for i, (name, shape) in enumerate(shapes.items())}
+    grads = {name: randn(*shape, seed=10 + i).bfloat16() for i, (name, shape) in enumerate(shapes.items())}
+    place = torch.clone
+    if mesh_shape:
+        mesh = init_device_mesh("cpu", mesh_shape)
+        place = lambda x: distribute_tensor(x, mesh, [Replicate(), Shard(0)])  # noqa: E731
+    params = {name: nn.Parameter(place(value)) for name, value in values.items()}
+    for name, param in params.items():
+        param.grad = place(grads[name])
+    optimizer = MBF(params.items(), lr=1e-3, damping=0.1, **{option: True})
+    optimizer.step()
+    return {name: whole(optimizer.state[param].get("master", param)) for name, param in params.items()}
+
+
+def test_stochastic_rounding_sharded():
+    """Copies of the model stay alike; each weight goes to a neighbour of the exact value, not always the nearest."""
+    exact = bfloat16_step((), "master_weights")
+    first, *others = run(4, bfloat16_step, (2, 2), "stochastic_rounding")
+    assert len(others) == 3
+    elsewhere = 0
+    for name, value in exact.items():
+        for other in others:
+            assert torch.equal(first[name], other[name])
+        unit = torch.finfo(torch.bfloat16).eps * 2.0 ** value.abs().log2().floor()
+        assert ((first[name].float() - value).abs() < unit * (1 + 1e-3)).all()  # float32's sums in another order
+        elsewhere += (first[name] != value.bfloat16()).sum().item()
+    assert elsewhere > 10  # of 162
+
+
 def sharded_and_plain():
     """A model of which a part is left out of the sharding."""
     model = network("grafted, auto")

@@ -102,8 +102,8 @@ def test_states_lie_as_their_parameters_do():
     run(4, placements)
 
 
-def a_whole_state(folder):
-    """Gathered by the first of four processes, and taken up by all."""
+def a_whole_state(folder, broadcast):
+    """Gathered by the first of four processes, and taken up by all; or the optimizer's part sent by the first."""
     model, optimizer = prepared("grafted, auto", FORMER)
     train(model, optimizer, FIRST)
     gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -113,15 +113,18 @@ def a_whole_state(folder):
         torch.save((weights, states), folder / "whole.pt")
     distributed.barrier()
     weights, states = torch.load(folder / "whole.pt", weights_only=True)
+    if broadcast and distributed.get_rank() != 0:
+        states = {}
     model, optimizer = prepared("grafted, auto", FORMER)
-    whole = StateDictOptions(full_state_dict=True)
+    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states, options=whole)
     train(model, optimizer, REST)
     return outcome(model, optimizer)
 
 
-def test_whole_states(tmp_path):
-    for found in run(4, a_whole_state, tmp_path):
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_whole_states(tmp_path, broadcast):
+    for found in run(4, a_whole_state, tmp_path, broadcast):
         assert_same(found, alone("grafted, auto", range(2 * STEPS)), "grafted, auto")
 
 

@@ -225,6 +225,16 @@ def test_a_refused_checkpoint_changes_nothing(bad):
     assert_go_on_alike(run, other)
 
 
+def test_the_state_of_another_optimizer_is_refused():
+    problem, optimizer = trained(Maker("cpu", 0))
+    adam = torch.optim.Adam(problem.named.values())
+    train(problem, adam, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="as momentum for conv.weight, got none: .* by another optimizer"):
+        optimizer.load_state_dict(adam.state_dict())
+    assert_equal_trees(optimizer.state_dict(), before)
+
+
 # ---- copies
 
 

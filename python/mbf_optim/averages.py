@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,12 +24,15 @@ def average_over_processes(tasks: Sequence[tuple[Task, float]]) -> None:
     for task, decay in tasks:
         key = (task.averaged_over, task.fisher.dtype, task.fisher.device)
         messages.setdefault(key, []).append((task, decay))
-    for (groups, *_), alike in messages.items():
-        sums = [_sum_of_squares(task) for task, _ in alike]
-        message = torch.cat([part.flatten() for part in sums])
+    for (groups, dtype, device), alike in messages.items():
+        sizes = [math.prod(task.blocks.packed_shape) for task, _ in alike]
+        message = torch.empty(sum(sizes), dtype=dtype, device=device)
+        parts = message.split(sizes)
+        for (task, _), part in zip(alike, parts, strict=True):
+            part.copy_(_sum_of_squares(task).flatten())
         for group in groups:
             torch.distributed.all_reduce(message, group=group)
-        for (task, decay), part in zip(alike, message.split([part.numel() for part in sums]), strict=True):
+        for (task, decay), part in zip(alike, parts, strict=True):
             _average(task, part, decay)
 
 

@@ -35,12 +35,12 @@ class Layer:
     def params(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-    @cached_property
+    @property
     def dtype(self) -> torch.dtype:
-        """That steps compute in, and the state has."""
+        """That steps compute in, and the state has. Not kept, for ``model.to`` may change the weight's."""
         return torch.float32 if self.weight.dtype in HALF else self.weight.dtype
 
-    @cached_property
+    @property
     def half(self) -> bool:
         return self.weight.dtype in HALF
 
@@ -190,7 +190,7 @@ def fits(layer: Layer, states: Mapping[Tensor, dict]) -> bool:
     if layer.bias is not None and steps_alone(states.get(layer.bias, {})):
         return False
     state = states.get(layer.weight, {})
-    return not used(state) or has_matrices(layer, state)
+    return not used(state) or "momentum" not in state or has_matrices(layer, state)  # without it, somebody else's
 
 
 def steps_alone(state: dict) -> bool:

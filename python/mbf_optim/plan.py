@@ -61,7 +61,8 @@ class Plan:
 
     def start(self, group: dict, unscale: Tensor | None) -> list[tuple[Task, float]]:
         """Time goes on and copies are made. Returns the work whose F is to be averaged over processes before
-        ``finish``, each with its decay. ``group``: with its numbers as steps use them. ``unscale``: see ``StandIns``."""
+        ``finish``, each with its decay. ``group``: with its numbers as steps use them. ``unscale``: as
+        ``StandIns.fill`` takes it."""
         if group["capturable"]:
             advance_on_device([clock for clock, _ in self._clocks], group)
         else:

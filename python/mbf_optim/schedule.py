@@ -2,8 +2,8 @@
 
 Layers that step together share a clock: the steps taken and the sums of the weights in M, v and F, which undo a zero
 start. It counts in Python numbers, or in a capturable group on the device, so that it advances inside a CUDA graph.
-A state that no step has seen since it was made or loaded holds plain numbers, ``step`` and ``fisher_weight``; the names
-stay with None, because flattened checkpoints are taken apart by the names that the state has.
+A state that no step has seen since it was made or loaded holds plain numbers, ``step`` and ``fisher_weight``; beside a
+clock they are None: torch.distributed.checkpoint looks there for the names of what it loads.
 """
 
 from __future__ import annotations
@@ -106,13 +106,10 @@ def share_clocks(states: list[dict], update_intervals: list[int], others: Iterab
     fresh: dict[tuple, HostClock | DeviceClock] = {}
     for state, update_interval in zip(states, update_intervals, strict=True):
         clock = state.get("clock")
-        if clock is not None and isinstance(clock, DeviceClock) != group["capturable"]:
-            state.update(clock.numbers())
-            clock = None
-        if clock is None:
+        if clock is None or isinstance(clock, DeviceClock) != group["capturable"]:
             refuse_capture("the first step of a layer (it allocates state)")
-            numbers = {name: state.get(name) or 0 for name in ("step", "fisher_weight")}
-            state.update(dict.fromkeys(numbers))
+            numbers = {"step": 0, "fisher_weight": 0.0} | on_host(state)
+            state |= dict.fromkeys(state.keys() & numbers.keys())
             key = (update_interval, *numbers.values(), state["momentum"].device)
             if key not in fresh:
                 device = state["momentum"].device

@@ -82,8 +82,6 @@ def canonical(layer: Layer, states: States) -> dict[Tensor, dict]:
         by_output = torch.zeros(_outputs_here(layer), dtype=torch.int64, device=state["skipped"].device)
         by_output[:1] = state["skipped"]
         state["skipped"] = _outward(layer, False, by_output)
-    else:
-        state.pop("fisher_weight", None)
     for name, blocks in _matrices(layer, state):
         state[name] = _outward(layer, blocks.shared, state[name].to_packed().view(blocks.packed_shape))
     return of_params
@@ -102,8 +100,9 @@ def take_up(layer: Layer, states: States, saved: dict[Tensor, dict]) -> None:
     if "step" not in entries:
         return
     device = local(layer.weight).device
-    state["step"], state["fisher_weight"] = int(entries["step"]), float(entries.get("fisher_weight", 0.0))
+    state["step"] = int(entries["step"])
     if layer.blocks:
+        state["fisher_weight"] = float(entries["fisher_weight"])
         state["observed"] = int(entries["observed"])
         skipped = entries["skipped"]
         if isinstance(skipped, Tensor) and skipped.ndim:
@@ -170,9 +169,9 @@ def _make(layer: Layer, states: States, group: dict) -> None:
     for param in layer.params:
         states[param] = _others(states[param])
     state = states[layer.weight]
-    state["step"], state["fisher_weight"] = 0, 0.0
+    state["step"] = 0
     if layer.blocks:
-        state["observed"] = 0
+        state["fisher_weight"], state["observed"] = 0.0, 0
         state["skipped"] = torch.zeros((), dtype=torch.int64, device=layer.weight.device)
     for blocks in layer.blocks:
         kept = ("fisher", "factor") if intervals(blocks, group)[1] > 1 else ("fisher",)
