@@ -305,3 +305,36 @@ def test_a_zero_gradient_is_a_gradient():
         optimizer.step()
         for p, b in zip(problem.named.values(), before, strict=True):
             assert ((p == b) if to_none else (p != b)).all()
+
+
+SET_WRONG = {
+    "momentum": (None, "momentum"),
+    "decay": (1.5, "in \\[0, 1\\]"),
+    "update_interval": (-1, "integer >= 1"),
+    "weight_decay": ("a", "number"),
+    "nesterov": (1, "True or False"),
+    "lr": (None, "lr to be a number"),
+    "damping": ("a", "damping to be a number"),
+}
+
+
+@pytest.mark.parametrize("name", SET_WRONG)
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_an_option_that_is_set_wrong_is_refused_before_anything_moves(name, steps_before):
+    weight = nn.Parameter(randn(4, 3, 3, 3))
+    optimizer = MBF([{"params": [nn.Parameter(randn(2))]}, {"params": [weight]}])
+    for _ in range(steps_before):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    before = weight.detach().clone()
+    weight.grad = torch.ones_like(weight)
+    good = optimizer.param_groups[1][name]
+    value, message = SET_WRONG[name]
+    optimizer.param_groups[1][name] = value
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError), match=f"MBF: .*{message}"):
+            optimizer.step()
+    assert_bitwise(weight.detach(), before)
+    optimizer.param_groups[1][name] = good
+    optimizer.step()
+    assert optimizer.state_dict()["state"][1]["step"] == steps_before + 1

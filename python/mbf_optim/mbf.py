@@ -81,7 +81,7 @@ class MBF(Optimizer):
         master_weights: keep float32 copies of bfloat16 and float16 parameters, which take the steps; the parameters are
             their rounded values. Without them small steps and decays are lost to rounding.
         stochastic_rounding: instead, round such parameters up or down at random, right on average. The random numbers
-            follow from the step and the parameter's name: they resume, and are the same on all processes.
+            follow from the step and the parameters that take it: they resume, and are the same on all processes.
 
     Parameters may be float32, float64, bfloat16 or float16, and DTensors (``fully_shard``, HSDP, tensor parallelism).
     The state of those of low precision is float32. All state is made with the optimizer.
@@ -205,9 +205,19 @@ class MBF(Optimizer):
     @torch.compiler.disable(reason=UNTRACED)
     def _step_untraced(self, closure: Callable[[], float] | None, compiling: bool) -> float | None:
         """``compiling``: called by compiled code, which would be compiled again if the next step were traced."""
+        self._check_changed()
         loss = self._step(closure)
         self._traceable = not compiling and all(plan.traceable for plan in self._plans.values())
         return loss
+
+    def _check_changed(self) -> None:
+        """Raises ValueError or TypeError for options that a user has set since the last step. Not for lr and damping:
+        every step checks them, and reads none that is on a device."""
+        options = [[value for name, value in group.items() if name in _CHECKED] for group in self.param_groups]
+        if options != self._checked:
+            for group in self.param_groups:
+                check_options(group | {"lr": 0.0, "damping": 0.0})
+            self._checked = options
 
     def _fit(self) -> bool:
         """Whether a step now is like the one before: then there is nothing to make, nor to ask the device."""
@@ -322,6 +332,7 @@ class MBF(Optimizer):
         """What is derived from parameters and state: made again when it is needed."""
         self._known_layers: list[tuple[tuple, list[Layer]]] = []  # of each group, after what they were made of
         self._plans: dict[int, Plan] = {}
+        self._checked: list[list] = []  # options of each group
         self._traceable = False  # an attribute: a guard on the groups would compile again with every lr
 
     def _layers(self) -> Iterator[tuple[dict, list[Layer]]]:
@@ -384,3 +395,4 @@ class MBF(Optimizer):
 
 _PARAMETERS = signature(MBF).parameters.values()
 _DEFAULTS = {option.name: option.default for option in _PARAMETERS if option.default is not Parameter.empty}
+_CHECKED = _DEFAULTS.keys() - {"lr", "damping"}

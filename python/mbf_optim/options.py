@@ -49,11 +49,12 @@ def check_options(options: dict) -> None:
 
 def with_numbers(group: dict) -> dict:
     """A copy of the group with lr and damping as steps use them: floats, or numbers on the device (in double, too)."""
-    return group | {name: _number_for_steps(group[name], group["capturable"]) for name in ("lr", "damping")}
+    return group | {name: _number_for_steps(name, group[name], group["capturable"]) for name in ("lr", "damping")}
 
 
-def _number_for_steps(value: float | Tensor, capturable: bool) -> float | Tensor:
-    return value.view(()).double() if capturable and isinstance(value, Tensor) else float(value)
+def _number_for_steps(name: str, value: float | Tensor, capturable: bool) -> float | Tensor:
+    on_device = capturable and isinstance(value, Tensor) and value.numel() == 1
+    return value.view(()).double() if on_device else _number(name, value)
 
 
 def keep_device_scalars(group: dict, own: dict) -> None:
