@@ -189,10 +189,10 @@ class _Kept:
         """Whether all is laid out as it was, and where it was, but for what moves: the launch takes its places."""
         if asked_for() != self._asked_for or not self._in_place.holds(in_place):
             return False
-        if any(map(Tensor.is_neg, grads)):  # a lazy minus is not in the memory
-            return False
         of_grads, of_params = self._grads.addresses(grads), self._params.addresses(params)
         if of_grads is None or of_params is None:
+            return False
+        if any(map(Tensor.is_neg, grads)):  # a lazy minus is not in the memory
             return False
         self._launch.set_gradients(of_grads)
         if params:

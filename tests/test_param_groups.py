@@ -312,7 +312,7 @@ SET_WRONG = {
     "decay": (1.5, "in \\[0, 1\\]"),
     "update_interval": (-1, "integer >= 1"),
     "weight_decay": ("a", "number"),
-    "nesterov": (1, "True or False"),
+    "nesterov": ("yes", "True or False"),
     "lr": (None, "lr to be a number"),
     "damping": ("a", "damping to be a number"),
 }
