@@ -149,14 +149,16 @@ template <class Void>
 void point(Void*& tensor, const mbf::Addresses& addresses, size_t& next) {
     tensor = pointer<Void>(addresses.at(next++));
 }
-void point(mbf::BlockView& view, const mbf::Addresses& addresses, size_t& next) { point(view.base, addresses, next); }
+void point(mbf::BlockView& view, const mbf::Addresses& addresses, size_t& next) {
+    point(view.base, addresses, next);
+}
 void point(mbf::SharedView& view, const mbf::Addresses& addresses, size_t& next) {
     point(view.base, addresses, next);
     if (view.joined) point(view.last, addresses, next);
 }
 
 template <class Problem, class Tensor>
-auto set_addresses(Tensor Problem::*tensor) {
+auto set_addresses(Tensor Problem::* tensor) {
     return [tensor](std::vector<Problem>& problems, const mbf::Addresses& addresses) {
         size_t next = 0;
         for (Problem& problem : problems) point(problem.*tensor, addresses, next);
