@@ -54,7 +54,8 @@ inline mbf::SharedView shared_view(int layout, int64_t samples, int64_t matrices
         case 1: return {nullptr, n + 3, {S, 0, R * (n + 3)}, {n, 0, 1}, nullptr, 0, false};
         case 2: return {nullptr, n, {3, 3 * R * n + 5, R * n}, {n, 0, 1}, nullptr, 0, false};
         case 3: return {nullptr, 1, {S, 0, R * n}, {n, 0, R}, nullptr, 0, false};
-        default: return {nullptr, 3 * n + 3, {2, 2 * R * (3 * n + 3) + 1, R * (3 * n + 3)}, {2, 5, 2}, nullptr, 0, false};
+        default:
+            return {nullptr, 3 * n + 3, {2, 2 * R * (3 * n + 3) + 1, R * (3 * n + 3)}, {2, 5, 2}, nullptr, 0, false};
     }
 }
 
