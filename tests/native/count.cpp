@@ -155,7 +155,7 @@ double shared_instructions(const Isa& isa, int n, bool per_matrix) {
     std::vector<float> fisher(block_offset(n, kTileBlocks)), grad(kSamples * n, 1), momentum(grad), square(grad),
         param(grad);
     const auto view = [&](std::vector<float>& of) {
-        return SharedView{of.data(), n, {kSamples, 0, n}, {n, 0, 1}, nullptr, 0};
+        return SharedView{of.data(), n, {kSamples, 0, n}, {n, 0, 1}, nullptr, 0, false};
     };
     SharedProblem problem = {};
     problem.count = 1;
