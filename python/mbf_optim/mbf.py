@@ -23,7 +23,7 @@ from .report import Report, Row
 from .scaling import overflown, unscaled
 from .schedule import capturing, intervals, on_host
 from .sharding import check_whole, local
-from .stand_ins import stand_ins_of
+from .stand_ins import by_parameter, stand_ins_of
 from .state import canonical, check_saved, complete, needs_masters, needs_squares, take_up
 
 UNTRACED = (
@@ -238,7 +238,7 @@ class MBF(Optimizer):
         stand_ins = stand_ins_of(half, self.state)
         for kind in stand_ins:
             kind.fill(None)
-        in_stead = {param: tensor for kind in stand_ins for param, tensor in kind.of.items()}
+        in_stead = by_parameter(stand_ins)
         over_processes = []
         for _, layer in observed:
             state = self.state[layer.weight]

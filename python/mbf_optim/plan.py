@@ -14,7 +14,7 @@ from .copies import Copies
 from .layers import PARTITION, Layer
 from .schedule import DeviceClock, HostClock, advance_on_device, intervals, on_host, share_clocks
 from .sharding import is_sharded
-from .stand_ins import stand_ins_of
+from .stand_ins import by_parameter, stand_ins_of
 from .tasks import Launch, Task, Tensors, launches_of, tasks_of
 
 # Options that decide what is launched together; the others are read at every step.
@@ -33,7 +33,7 @@ class Plan:
         self._copied = [layer for layer in stepping if not layer.steps_in_place()]
         self._half = [layer for layer in stepping if layer.half]
         self._stand_ins = stand_ins_of([param for layer in self._half for param in layer.params], states)
-        self._in_stead = {param: tensor for kind in self._stand_ins for param, tensor in kind.of.items()}
+        self._in_stead = by_parameter(self._stand_ins)
         apart = self._half or any(is_sharded(param) for layer in stepping for param in layer.params)
         self.traceable = group["capturable"] and isinstance(group["lr"], Tensor) and not apart
         in_place = [layer for layer in stepping if layer.steps_in_place()]

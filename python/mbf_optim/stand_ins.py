@@ -65,6 +65,10 @@ def stand_ins_of(params: Iterable[Tensor], states: States) -> list[StandIns]:
     return [StandIns(alike, states) for alike in kinds.values()]
 
 
+def by_parameter(kinds: Iterable[StandIns]) -> dict[Tensor, Tensor]:
+    return {param: tensor for kind in kinds for param, tensor in kind.of.items()}
+
+
 def _follow(master: Tensor, param: Tensor) -> None:
     """A master gives way where the parameter has been given other values since."""
     torch.where(master.to(param.dtype) == param, master, param, out=master)
